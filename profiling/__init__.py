@@ -1,0 +1,1 @@
+"""What kernels cost. ``sass`` counts registers, spills and instructions of compiled kernels."""

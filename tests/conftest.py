@@ -1,0 +1,50 @@
+"""Fixtures that more than one test file uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tetra.config import BackboneConfig, HeadConfig, ModelConfig
+from tetra.model import TetraModel
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images beside the checkout; the test is skipped where it is missing."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real images at {folder}")
+    return folder
+
+
+@pytest.fixture
+def tiny_config() -> ModelConfig:
+    """A model of a few kilobytes with every kind of tensor; widths that do not fill a packed row."""
+    backbone = BackboneConfig(
+        width=40, depth=2, n_heads=2, head_dim=12, mlp_dim=136, image_size=(32, 32), patch_size=16
+    )
+    return ModelConfig("tiny", backbone, HeadConfig("gem", {"out_dim": 64}))
+
+
+@pytest.fixture
+def tiny_model(tiny_config: ModelConfig) -> TetraModel:
+    """A trainable model of ``tiny_config`` with random weights."""
+    return TetraModel(tiny_config)

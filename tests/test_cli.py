@@ -1,0 +1,261 @@
+"""The command line as scripts see it: exit status, stdout, stderr and JSON files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tetra import __version__, cli
+from tetra.files import load, save
+from tetra.model import TetraModel
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+class Runner:
+    """Runs a command in this process, which has torch loaded already."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *args: object) -> Result:
+        self.monkeypatch.setattr(sys, "argv", ["tetra", *map(str, args)])
+        self.monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        code = caught.value.code
+        out, err = self.capsys.readouterr()
+        return Result(code if isinstance(code, int) else int(code is not None), out, err)
+
+
+@pytest.fixture
+def tetra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    return Runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def model_file(tiny_model: TetraModel, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    save(tiny_model.pack(torch.float16), path)
+    return path
+
+
+def photo(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((40, 30), Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture
+def town(tmp_path: Path) -> Path:
+    """UTM folders of 25 places 100 m apart; every query is a copy of its reference, one is far from all."""
+    for i in range(25):
+        photo(tmp_path / f"town/database/@{500000 + 100 * i}@5400000@.png", i)
+        if i < 6:
+            photo(tmp_path / f"town/queries/@{500005 + 100 * i}@5400000@.png", i)
+    photo(tmp_path / "town/queries/@700000@5400000@.png", 99)
+    return tmp_path / "town"
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def assert_refused(result: Result, *words: object) -> None:
+    """Bad input: status 2 and one line on stderr that says what is wrong."""
+    assert result.status == 2
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    for word in words:
+        assert str(word) in result.err
+
+
+def test_version_and_help(tetra: Runner) -> None:
+    assert tetra("--version").out == f"tetra {__version__}\n"
+    result = tetra("--help")
+    assert result.status == 0
+    for command in ("evaluate", "match", "info", "bench", "train", "pack", "demo"):
+        assert f"\n  {command} " in result.out
+
+
+@pytest.mark.parametrize(
+    "args", [["no-such-command"], ["info"], ["info", "x", "--no-such-option"], ["evaluate", "x"]]
+)
+def test_wrong_usage(tetra: Runner, args: list[str]) -> None:
+    result = tetra(*args)
+    assert result.status == 2
+    assert "Usage" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_info(tetra: Runner, model_file: Path, tmp_path: Path) -> None:
+    result = tetra("info", model_file, "--json", tmp_path / "info.json")
+    assert result.status == 0
+    found = read_json(tmp_path / "info.json")
+    for key in ("file_bytes", "memory_bytes"):
+        items = found[key]
+        assert {"ternary", "full_precision", "head", "total"} <= items.keys()
+        assert items["total"] == sum(n for name, n in items.items() if name != "total")
+        assert f"{items['total']:,}" in result.out
+    assert found["file_bytes"]["total"] == model_file.stat().st_size
+    assert found["n_bits"] == 64
+    assert found["content_hash"] == load(model_file).content_hash
+    assert found["content_hash"] in result.out
+
+
+def test_evaluate(tetra: Runner, model_file: Path, town: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    result = tetra(
+        *("evaluate", model_file, "--dataset", town, "--json", tmp_path / "r.json", "--batch-size", 4),
+        *("--pictures", pictures, "--n-pictures", 3),
+    )
+    assert result.status == 0, result.err
+    found = read_json(tmp_path / "r.json")
+    assert found["n_queries"] == 7
+    assert found["n_references"] == 25
+    assert (
+        found["recall_float"] == found["recall_binary"] == {"1": 100.0, "5": 100.0, "10": 100.0, "20": 100.0}
+    )
+    assert found["n_bits"] == 64
+    assert found["bytes_per_image"] == 8
+    assert found["image_size"] == [32, 32]
+    assert "R@1: 100.0, R@5: 100.0, R@10: 100.0, R@20: 100.0" in result.out
+    assert "1 of 7 queries have no right reference" in result.err
+    assert len(list(pictures.glob("match_*.png"))) == 3
+
+
+def test_evaluate_asks_for_its_own_k_and_layout(
+    tetra: Runner, model_file: Path, town: Path, tmp_path: Path
+) -> None:
+    args = [
+        "evaluate",
+        model_file,
+        "--dataset",
+        town,
+        "--layout",
+        "utm",
+        "--radius-m",
+        1,
+        "--json",
+        tmp_path / "r",
+    ]
+    assert_refused(tetra(*args), town, "within 1 m")  # every query is 5 m beside its reference
+    assert not (tmp_path / "r").exists()
+    args[7] = 6
+    assert tetra(*args, "--k", 1, "--k", 25).status == 0
+    assert read_json(tmp_path / "r")["recall_binary"].keys() == {"1", "25"}
+    assert_refused(tetra(*args, "--k", 26), "26", "25 references")
+
+
+def test_match(tetra: Runner, model_file: Path, town: Path, tmp_path: Path) -> None:
+    args = ["match", model_file, town / "queries", town / "database"]
+    result = tetra(*args, "--k", 2, "--json", tmp_path / "m.json")
+    assert result.status == 0
+    matches = read_json(tmp_path / "m.json")["matches"]
+    assert len(matches) == 7
+    for match in matches[:6]:
+        best = match["references"][0]
+        assert best["distance"] == 0
+        assert Path(best["path"]).read_bytes() == Path(match["query"]).read_bytes()
+        assert len(match["references"]) == 2
+        assert Path(best["path"]).name in result.out
+    assert_refused(tetra(*args, "--k", 100), "100", "25 references")
+
+
+def test_bad_image_among_many(tetra: Runner, model_file: Path, town: Path, tmp_path: Path) -> None:
+    (town / "database/@500000@5400000@.png").write_bytes(b"not a picture")
+    args = ["evaluate", model_file, "--dataset", town, "--json", tmp_path / "r.json"]
+    assert_refused(tetra(*args), "@500000@5400000@.png")
+    assert not (tmp_path / "r.json").exists()
+    assert tetra(*args, "--skip-bad-images").status == 0
+    assert len(read_json(tmp_path / "r.json")["skipped"]) == 1
+
+
+def test_pack(tetra: Runner, tiny_model: TetraModel, tmp_path: Path) -> None:
+    trained, out = tmp_path / "trained.safetensors", tmp_path / "packed.safetensors"
+    save(tiny_model, trained)
+    assert tetra("pack", trained, out, "--rest-dtype", "float32").status == 0
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(load(out).describe(images), tiny_model.eval().describe(images))
+    before = out.read_bytes()
+    assert_refused(tetra("pack", trained, out), out, "exists")
+    assert out.read_bytes() == before
+    assert tetra("pack", trained, out, "--force").status == 0
+    assert len(out.read_bytes()) < len(before)
+    assert_refused(tetra("pack", out, tmp_path / "x"), out, "packed")
+
+
+def test_packing_names_the_layer_that_is_not_finite(
+    tetra: Runner, tiny_model: TetraModel, tmp_path: Path
+) -> None:
+    tiny_model.backbone.blocks[0].mlp.up.weight.data[0, 0] = float("inf")
+    save(tiny_model, tmp_path / "m.safetensors")
+    result = tetra("pack", tmp_path / "m.safetensors", tmp_path / "out.safetensors")
+    assert_refused(result, tmp_path / "m.safetensors", "backbone.blocks.0.mlp.up")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["info", "nobody"], ["nobody"]),
+        (["info", "{tmp}"], ["{tmp}", "folder"]),
+        (["info", "{model}", "--json", "{tmp}/no/x.json"], ["{tmp}/no"]),
+        (["info", "{model}", "--json", "{tmp}"], ["{tmp}", "folder"]),
+        (["evaluate", "{model}", "--dataset", "{tmp}/no"], ["{tmp}/no"]),
+        (["evaluate", "{model}", "--dataset", "{tmp}"], ["{tmp}"]),
+        (["evaluate", "{model}", "--dataset", "{town}", "--device", "nowhere"], ["nowhere"]),
+        (["evaluate", "{model}", "--dataset", "{town}", "--layout", "vpr-bench"], ["{town}"]),
+        (["match", "{model}", "{tmp}/no", "{town}"], ["{tmp}/no"]),
+        (["train", "run", "{tmp}/no.yaml", "--out", "{tmp}/run"], ["no.yaml"]),
+        (["bench", "model", "--batch", "1", "--json", "{tmp}/no/x.json"], ["{tmp}/no"]),
+    ],
+)
+def test_bad_input_is_one_line(
+    tetra: Runner, model_file: Path, town: Path, tmp_path: Path, args: list[str], words: list[str]
+) -> None:
+    names = {"tmp": tmp_path, "town": town, "model": model_file}
+    before = sorted(tmp_path.rglob("*"))
+    result = tetra(*(arg.format(**names) for arg in args))
+    assert_refused(result, *(word.format(**names) for word in words))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_missing_extra_names_the_command_that_brings_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("{}")
+    code = f"""
+import sys
+sys.modules["lightning"] = None  # what an install without the extra looks like
+sys.argv = ["tetra", "train", "run", {str(recipe)!r}, "--out", {str(tmp_path / "out")!r}]
+from tetra.cli import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert_refused(
+        Result(done.returncode, done.stdout, done.stderr), "lightning", 'pip install "tetra-vpr[train]"'
+    )
+
+
+def test_console_script_is_installed() -> None:
+    script = Path(sys.executable).with_name("tetra")
+    if not script.exists():
+        pytest.skip("the distribution is not installed in this environment")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == f"tetra {__version__}\n"

@@ -1,0 +1,83 @@
+"""What the README tells people to type, typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tetra.demo.town import write_town_dataset
+from tetra.files import shipped_models
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^    \.venv/bin/tetra (.+)$", README, re.MULTILINE)
+PYTHON = re.findall(r"^```python\n(.+?)^```", README, re.MULTILINE | re.DOTALL)
+
+needs_nano = pytest.mark.skipif("nano" not in shipped_models(), reason="nano does not ship in this checkout")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A current directory as `make demo` leaves it, with fewer streets."""
+    folder = tmp_path_factory.mktemp("readme")
+    data = write_town_dataset(folder / "demo-report" / "town", size=(64, 64), max_streets=2, workers=1)
+    for name, shot in zip(("here.jpg", "there.jpg"), data.database, strict=False):
+        (folder / name).write_bytes(shot.path.read_bytes())
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    environment = {**os.environ, "COLUMNS": "100"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readme_has_examples() -> None:
+    assert {command.split()[0] for command in COMMANDS} == {"info", "evaluate", "match", "bench"}
+    assert len(PYTHON) == 1
+
+
+@needs_nano
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=pytest.mark.slow) if c.startswith("bench") else c for c in COMMANDS],
+)
+def test_commands_run_as_written(command: str, folder: Path) -> None:
+    arguments = shlex.split(command)
+    out = run([sys.executable, "-m", "tetra.cli", *arguments], folder)
+    assert out.strip()
+    if "--json" in arguments:
+        assert json.loads((folder / arguments[arguments.index("--json") + 1]).read_text())
+
+
+@needs_nano
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_runs_as_written(code: str, folder: Path) -> None:
+    checks = (
+        "assert codes.shape == (2, model.n_bits // 8) and floats.shape == (2, model.n_bits)\nassert rows == 0"
+    )
+    run([sys.executable, "-c", f"{code}\n{checks}"], folder)
+
+
+def test_it_names_only_what_exists() -> None:
+    texts = README + (ROOT / "CONTRIBUTING.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(
+        re.findall(r"\bmake (\w+)", " ".join(re.findall(r"`make [^`]+`|^    make .+$", texts, re.M)))
+    ):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    for extra in ",".join(re.findall(r"pip install \"\.\[([\w,]+)\]", README)).split(","):
+        assert extra in extras
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link

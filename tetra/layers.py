@@ -1,0 +1,187 @@
+"""Layers of the model: ternary linear layers, trainable and packed, and layers that keep their rest dtype.
+
+**Modes never destroy weights.** :class:`TernaryLinear` owns full-precision master weights, and nothing but an
+optimiser writes to them: ``train()``, ``eval()``, any lambda, and ``pack()`` in any order leave them as they
+are. ``pack()`` returns a new :class:`PackedTernaryLinear`, which can only infer.
+
+**Rest dtype.** Parameters may lie in memory as float16 or bfloat16 while the model computes in float32:
+:class:`Linear`, :class:`LayerNorm` and :class:`Conv2d` cast their parameters to the input's dtype at use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from tetra.kernels import pack_ternary, ternary_linear
+from tetra.quantization import blend_activation, blend_weight, ternarize_weight
+
+
+def _as(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.to(x.dtype)
+
+
+class KeepsFloat32(nn.Module):
+    """Module whose buffers in ``float32_buffers`` stay float32 under ``.half()``, ``.to(dtype)`` and the like."""
+
+    float32_buffers: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
+        before = {name: self._buffers[name] for name in self.float32_buffers}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` whose parameters are cast to the input's dtype at use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features], in x.dtype."""
+        return F.linear(x, self.weight.to(x.dtype), _as(self.bias, x))
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` (eps 1e-5) whose parameters are cast to the input's dtype at use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width], in x.dtype."""
+        return F.layer_norm(x, self.normalized_shape, _as(self.weight, x), _as(self.bias, x), self.eps)
+
+
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d`` whose parameters are cast to the input's dtype at use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] -> [B, out_channels, H', W'], in x.dtype."""
+        return self._conv_forward(x, self.weight.to(x.dtype), _as(self.bias, x))
+
+
+class TernaryLinear(nn.Linear):
+    """Linear layer that trains towards ternary weights and int8 activations.
+
+    While training, or while ``lam`` < 1, both operands are blended with their quantised values, with a
+    straight-through gradient (see :mod:`tetra.quantization`). In ``eval()`` at ``lam`` = 1 the layer computes
+    with the integer product, and so agrees with its packed twin bit for bit.
+
+    Attributes:
+        lam: blend factor lambda in [0, 1]; set for a whole model by :func:`set_lambda`.
+        layer_name: dotted path inside the model, for error messages.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.lam = 1.0
+        self.layer_name = ""
+        self._packed_twin: tuple[tuple[int, int, torch.device], PackedTernaryLinear] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features].
+
+        Raises:
+            ValueError: in ``eval()`` at lambda 1, the weight or the input has NaN or infinite values.
+        """
+        if not self.training and self.lam == 1.0:
+            return self._twin()(x)
+        return F.linear(blend_activation(x, self.lam), blend_weight(self.weight, self.lam), self.bias)
+
+    def _twin(self) -> PackedTernaryLinear:
+        # Packing costs more than a small product; keep the result until an optimiser or a load touches W.
+        key = (self.weight._version, self.weight.data_ptr(), self.weight.device)
+        if self._packed_twin is None or self._packed_twin[0] != key:
+            self._packed_twin = (key, self.pack())
+        twin = self._packed_twin[1]
+        twin.bias = None if self.bias is None else nn.Parameter(self.bias.detach(), requires_grad=False)
+        return twin
+
+    def pack(self) -> PackedTernaryLinear:
+        """The inference twin of this layer; this layer is left as it is.
+
+        Raises:
+            ValueError: the weight has NaN or infinite values; the message names the layer.
+        """
+        name = self.layer_name or "TernaryLinear"
+        try:
+            codes, scale = ternarize_weight(self.weight)
+        except ValueError as error:
+            raise ValueError(f"layer '{name}': {error}; it can't be quantised") from None
+        if self.bias is not None and not torch.isfinite(self.bias).all():
+            raise ValueError(f"layer '{name}': the bias has NaN or infinite values; it can't be packed")
+        twin = PackedTernaryLinear(self.in_features, self.out_features, bias=self.bias is not None)
+        twin.layer_name = self.layer_name
+        twin.packed = pack_ternary(codes)
+        twin.weight_scale = scale
+        if self.bias is not None:
+            twin.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        return twin
+
+    def __getstate__(self) -> dict[str, object]:
+        state: dict[str, object] = self.__dict__.copy()
+        state["_packed_twin"] = None  # derived; copies and checkpoints make their own
+        return state
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, lam={self.lam}"
+
+
+class PackedTernaryLinear(KeepsFloat32):
+    """Inference from 2-bit weights: y = (x_q . W_t^T, int32) * scales + bias.
+
+    Buffers: ``packed`` uint8 [out_features, 32 * ceil(in_features / 128)], ``weight_scale`` float32 scalar
+    (weight = code * weight_scale). Parameter: ``bias`` [out_features] or None.
+    """
+
+    float32_buffers = ("weight_scale",)
+
+    packed: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.layer_name = ""
+        n_bytes = 32 * -(-in_features // 128)
+        self.register_buffer("packed", torch.zeros(out_features, n_bytes, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.ones((), dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features], in x.dtype; activations are quantised per token.
+
+        Raises:
+            ValueError: the input has NaN or infinite values; the message names the layer.
+        """
+        try:
+            return ternary_linear(x, self.packed, self.weight_scale, self.bias)
+        except ValueError as error:
+            raise ValueError(f"layer '{self.layer_name or 'PackedTernaryLinear'}': {error}") from None
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def name_layers(model: nn.Module) -> None:
+    """Tell every ternary layer its dotted path, so that errors can name it."""
+    for name, module in model.named_modules():
+        if isinstance(module, (TernaryLinear, PackedTernaryLinear)):
+            module.layer_name = name
+
+
+def set_lambda(model: nn.Module, lam: float) -> None:
+    """Set the blend factor of every :class:`TernaryLinear` in ``model``.
+
+    Raises:
+        ValueError: ``lam`` is outside [0, 1].
+    """
+    if not 0.0 <= lam <= 1.0:
+        raise ValueError(f"lambda is {lam}, expected 0 <= lambda <= 1")
+    for module in model.modules():
+        if isinstance(module, TernaryLinear):
+            module.lam = lam

@@ -1,0 +1,1 @@
+"""Training in two stages: progressive distillation from a teacher, then supervised fine-tuning."""

@@ -1,0 +1,189 @@
+"""Stage 2: supervised fine-tuning of the head and the last block with place labels.
+
+Source: TeTRA-VPR (arXiv 2503.02511). The backbone is frozen at lambda = 1 but for its last block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tetra.errors import ConfigError
+from tetra.layers import set_lambda
+from tetra.model import TetraModel
+from tetra.quantization import LambdaSchedule, lambda_at
+from tetra.training.augment import AugmentConfig, augment, resize
+from tetra.training.data import Place, PlaceBatches, gsv_cities_places, photo_places, video_places
+from tetra.training.loop import LoopConfig, StageModule, run_stage
+from tetra.training.losses import BinaryMultiSimilarityLoss
+from tetra.training.schedules import warmup_steps_down
+
+
+@dataclass(frozen=True)
+class PlaceSource:
+    """Where places come from.
+
+    ``kind``: "gsv-cities" (``cities`` selects some), "video" (each ``window`` consecutive frames, starting
+    every ``stride`` frames, are a place) or "photos" (each photo is one, told apart by augmentation).
+    ``exclude`` names subfolders of ``folder`` to leave out.
+    """
+
+    kind: Literal["gsv-cities", "video", "photos"]
+    folder: str
+    exclude: tuple[str, ...] = ()
+    cities: tuple[str, ...] = ()
+    window: int = 4
+    stride: int = 16
+
+    def places(self, base_dir: Path) -> list[Place]:
+        """The places; see the functions of :mod:`tetra.training.data` for errors."""
+        folder = base_dir / self.folder
+        if self.kind == "gsv-cities":
+            return gsv_cities_places(folder, self.cities)
+        found = video_places(folder, self.window, self.stride) if self.kind == "video" else photo_places(folder)
+        left_out = [folder / name for name in self.exclude]
+        return [p for p in found if not any(p.paths[0].is_relative_to(f) for f in left_out)]
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of stage 2; the defaults are TeTRA-VPR's.
+
+    Attributes:
+        sources: where places come from.
+        places_per_batch, images_per_place: make a batch.
+        min_scale: smallest share of an image's area that a random crop keeps.
+        augment: None trains on the images as they are.
+        trainable_blocks: last blocks of the backbone that train along with the head.
+        epochs: passes over all places; ``max_steps`` optimiser steps count instead if positive, and the
+            milestones then keep their shares of the stage.
+        keep_decoded: hold all decoded images in memory.
+    """
+
+    sources: tuple[PlaceSource, ...]
+    places_per_batch: int = 100
+    images_per_place: int = 4
+    min_scale: float = 0.6
+    epochs: float = 40.0
+    max_steps: int = 0
+    lr: float = 1e-4
+    weight_decay: float = 1e-3
+    warmup_epochs: float = 3.0
+    milestones: tuple[float, ...] = (10, 20, 30)
+    gamma: float = 0.3
+    lambda_schedule: LambdaSchedule = "sigmoid"
+    trainable_blocks: int = 1
+    keep_decoded: bool = False
+    augment: AugmentConfig | None = None
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("finetune: 'sources' is empty; name at least one folder with places")
+        if self.places_per_batch < 2 or self.images_per_place < 2:
+            raise ConfigError("finetune: a batch needs at least 2 places with 2 images each")
+
+
+class FinetuneModule(StageModule):
+    """Head and last block in training, the rest frozen; see :class:`FinetuneConfig`."""
+
+    def __init__(
+        self,
+        model: TetraModel,
+        config: FinetuneConfig,
+        n_steps: int,
+        validate: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
+        super().__init__(config.loop, n_steps, validate)
+        if model.head is None:
+            raise ConfigError(f"model '{model.config.arch}' has no head to fine-tune; choose one")
+        blocks = model.backbone.blocks
+        if not 0 <= config.trainable_blocks <= len(blocks):
+            raise ConfigError(f"finetune: 'trainable_blocks' is {config.trainable_blocks}, expected 0 to {len(blocks)}")
+        self.model, self.config = model, config
+        set_lambda(model, 1.0)
+        model.backbone.requires_grad_(False)
+        model.head.requires_grad_(True)
+        self._trained_blocks = list(blocks[len(blocks) - config.trainable_blocks :])
+        for block in self._trained_blocks:
+            block.requires_grad_(True)
+        self.criterion = BinaryMultiSimilarityLoss()
+        self.lr, self.weight_decay = config.lr, config.weight_decay
+
+    def lr_factor(self, step: int) -> float:
+        epoch = step / self.n_steps * self.config.epochs
+        config = self.config
+        return warmup_steps_down(
+            epoch + self.config.epochs / self.n_steps, config.warmup_epochs, config.milestones, config.gamma
+        )
+
+    def train(self, mode: bool = True) -> FinetuneModule:
+        """Training mode for what trains; frozen blocks stay in evaluation mode, on the integer product."""
+        super().train(mode)
+        if mode:
+            self.model.backbone.train(False)
+            for block in self._trained_blocks:
+                block.train(True)
+        return self
+
+    def loss(self, batch: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
+        """{"loss", "lambda"} of uint8 images [P, n, 3, H, W] with labels [P]."""
+        lam = lambda_at(progress, self.config.lambda_schedule)
+        images = batch["images"].flatten(0, 1)
+        labels = batch["label"].repeat_interleave(self.config.images_per_place)
+        size = self.model.image_size
+        prepared = resize(images, size) if self.config.augment is None else augment(images, self.config.augment, size)
+        descriptors = self.model(prepared)
+        loss = self.criterion(descriptors, labels, lam)
+        with torch.no_grad():
+            share = (descriptors > 0).float().mean(0)
+            stuck = ((share < 0.02) | (share > 0.98)).float().mean()
+        return {"loss": loss, "lambda": torch.tensor(lam), "stuck_bits": stuck}
+
+
+def _collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {
+        "images": torch.stack([item["images"] for item in items]),
+        "label": torch.tensor([item["label"] for item in items]),
+    }
+
+
+def finetune(
+    model: TetraModel,
+    config: FinetuneConfig,
+    folder: Path,
+    *,
+    base_dir: Path = Path(),
+    resume: bool = False,
+    validate: Callable[[], dict[str, float]] | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Run stage 2 on ``model`` in place; see :func:`tetra.training.distill.distill` for the arguments."""
+    places = [place for source in config.sources for place in source.places(base_dir)]
+    dataset = PlaceBatches(
+        places,
+        model.image_size,
+        config.images_per_place,
+        config.loop.seed,
+        config.min_scale,
+        config.keep_decoded,
+    )
+    per_step = config.places_per_batch * config.loop.accumulate
+    n_steps = config.max_steps or max(1, round(config.epochs * len(dataset) / per_step))
+    torch.manual_seed(config.loop.seed)
+    module = FinetuneModule(model, config, n_steps, validate)
+    return run_stage(
+        module,
+        dataset,
+        config.places_per_batch,
+        folder,
+        resume=resume,
+        with_epoch=True,
+        collate=_collate,
+        progress=progress,
+    )

@@ -1,0 +1,184 @@
+"""Recipes: one YAML file that says how a model is made, and the function that makes it."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+import tetra
+from tetra.config import HeadConfig, ModelConfig, from_dict, model_config
+from tetra.errors import ConfigError
+from tetra.files import load, save, write_json
+from tetra.model import TetraModel
+from tetra.training.distill import DistillConfig, distill
+from tetra.training.finetune import FinetuneConfig, finetune
+from tetra.training.loop import read_log
+from tetra.training.probe import Probe, ProbeConfig, backbone_probe, head_probe
+from tetra.training.teachers import TeacherConfig, create_teacher, describe_teacher
+
+logger = logging.getLogger("tetra.training")
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The packed file. ``rest_dtype``: how everything but the ternary weights is stored.
+
+    The trained weights are rounded to it before packing, so that model and file agree in every bit.
+    """
+
+    rest_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make a model.
+
+    Attributes:
+        name: of the model.
+        arch: stock architecture to start from; ``backbone`` overrides some of its settings.
+        head: aggregation head; ``head_options`` its options.
+        data_dir: where relative folders start; relative itself to the current directory.
+    """
+
+    name: str
+    arch: str
+    head: str
+    teacher: TeacherConfig | None = None
+    distill: DistillConfig | None = None
+    finetune: FinetuneConfig | None = None
+    probe: ProbeConfig | None = None
+    export: ExportConfig = ExportConfig()
+    head_options: dict[str, Any] | None = None
+    backbone: dict[str, Any] | None = None
+    data_dir: str = "."
+    description: str = ""
+
+    def model(self) -> ModelConfig:
+        """The configuration of the model that the recipe makes."""
+        stock = model_config(self.arch, self.head)
+        backbone = asdict(stock.backbone) | (self.backbone or {})
+        assert stock.head is not None
+        head = HeadConfig(stock.head.kind, stock.head.options | (self.head_options or {}))
+        return ModelConfig.from_dict(
+            {"arch": self.name if self.backbone else self.arch, "backbone": backbone, "head": asdict(head)},
+            f"recipe '{self.name}'",
+        )
+
+
+def load_recipe(source: str | Path | dict[str, Any]) -> Recipe:
+    """Read and check a recipe: a mapping, a YAML file, or the name of a shipped one.
+
+    Raises:
+        ConfigError: no such recipe, not YAML, unknown or misspelt key, or a value that can't be.
+    """
+    if isinstance(source, dict):
+        return from_dict(Recipe, source, "recipe")
+    path = Path(source)
+    shipped = importlib.resources.files(tetra) / "training" / "recipes"
+    if path.suffix not in (".yaml", ".yml") and not path.exists():
+        names = sorted(f.name[:-5] for f in shipped.iterdir() if f.name.endswith(".yaml"))
+        if str(source) not in names:
+            raise ConfigError(f"recipe '{source}': no such file and not a shipped recipe; shipped: {', '.join(names)}")
+        text = (shipped / f"{source}.yaml").read_text()
+    else:
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise ConfigError(f"{path}: recipe can't be read ({error.strerror}); check the path") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
+    return from_dict(Recipe, data, str(source))
+
+
+def run_recipe(
+    source: str | Path | dict[str, Any],
+    out_dir: str | Path,
+    *,
+    resume: bool = False,
+    data_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Path:
+    """Make the model of a recipe: distil, fine-tune, pack, save.
+
+    Writes into ``out_dir``: ``distill/`` and ``finetune/`` (checkpoints and logs), ``model.safetensors`` (packed), the
+    recipe as read, ``log.json`` (figures of both stages) and ``curves.png``.
+
+    Args:
+        resume: continue an interrupted run; stages that are complete are not run again.
+        data_dir: overrides the recipe's.
+
+    Returns:
+        The path of the packed model.
+    """
+    recipe = load_recipe(source)
+    if recipe.distill is not None and recipe.teacher is None:
+        raise ConfigError(f"recipe '{recipe.name}': 'distill' needs a 'teacher'; add one")
+    if recipe.distill is None and recipe.finetune is None:
+        raise ConfigError(f"recipe '{recipe.name}': neither 'distill' nor 'finetune'; nothing to train")
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    base = Path(data_dir) if data_dir is not None else Path(recipe.data_dir)
+    write_json(out / "recipe.json", asdict(recipe))
+    seed = (recipe.distill or recipe.finetune).loop.seed  # type: ignore[union-attr]
+    torch.manual_seed(seed)
+    model = TetraModel(recipe.model())
+    probe = Probe(recipe.probe, model.image_size, base) if recipe.probe else None
+    started = time.monotonic()
+    facts: dict[str, Any] = {"recipe": recipe.name}
+    if recipe.distill is not None and recipe.teacher is not None:
+        teacher = create_teacher(recipe.teacher, base)
+        facts["teacher"] = describe_teacher(teacher)
+        logger.info("stage 1: distilling %s", recipe.name)
+        facts["distill"] = distill(
+            model,
+            teacher,
+            recipe.distill,
+            out / "distill",
+            teacher_size=recipe.teacher.image_size,
+            base_dir=base,
+            resume=resume,
+            progress=progress,
+            validate=(lambda: backbone_probe(probe, model)) if probe else None,
+        )
+    if recipe.finetune is not None:
+        logger.info("stage 2: fine-tuning %s", recipe.name)
+        facts["finetune"] = finetune(
+            model,
+            recipe.finetune,
+            out / "finetune",
+            base_dir=base,
+            resume=resume,
+            progress=progress,
+            validate=(lambda: head_probe(probe, model)) if probe else None,
+        )
+    model.eval()
+    dtype = _DTYPES[recipe.export.rest_dtype]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype).to(parameter.dtype))
+    packed = model.pack(dtype)
+    packed.info = {"recipe": recipe.name, "description": recipe.description}
+    path = out / "model.safetensors"
+    save(packed, path)
+    save(model, out / "trained.safetensors")
+    facts["content_hash"] = load(path).content_hash
+    facts["seconds"] = round(time.monotonic() - started, 1)
+    facts["curves"] = {s: read_log(out / s) for s in ("distill", "finetune") if (out / s).is_dir()}
+    write_json(out / "log.json", facts)
+    from tetra.training.curves import plot_curves
+
+    plot_curves(facts["curves"], out / "curves.png")
+    logger.info("packed model: %s (%d bytes); %s", path, path.stat().st_size, json.dumps(facts.get("finetune", {})))
+    return path

@@ -1,0 +1,214 @@
+"""Ternary vision transformer, as in TeTRA-VPR (arXiv 2503.02511).
+
+Letters: B images, T patches (CLS not counted), D width, H heads, E head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tetra.config import BackboneConfig
+from tetra.errors import ImageError
+from tetra.kernels import attention
+from tetra.layers import Conv2d, LayerNorm, Linear, TernaryLinear
+
+LinearFactory = Callable[..., nn.Module]
+
+
+class PatchEmbedding(nn.Module):
+    """Flattened patches -> LayerNorm -> Linear -> LayerNorm. Patches flatten as (row, column, channel)."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        n_values = 3 * config.patch_size**2
+        self.norm_in = LayerNorm(n_values)
+        self.project = Linear(n_values, config.width)
+        self.norm_out = LayerNorm(config.width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, height, width] -> [B, T, D]."""
+        b, c, h, w = images.shape
+        p = self.patch_size
+        patches = images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(b, -1, p * p * c)
+        tokens: Tensor = self.norm_out(self.project(self.norm_in(patches)))
+        return tokens
+
+
+class ConvStem(nn.Module):
+    """Strided convolutions (x4, then x2 each) with LayerNorm over channels and ReLU, then a linear projection.
+
+    A few early convolutions make small transformers learn much faster (Xiao et al., arXiv 2106.14881).
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        channels = config.stem_channels
+        self.convs = nn.ModuleList([Conv2d(3, channels[0], kernel_size=4, stride=4)])
+        for c_in, c_out in pairwise(channels):
+            self.convs.append(Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1))
+        self.norms = nn.ModuleList(LayerNorm(c) for c in channels)
+        self.project = Linear(channels[-1], config.width)
+        self.norm_out = LayerNorm(config.width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, height, width] -> [B, T, D]."""
+        x = images.contiguous(memory_format=torch.channels_last)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            # Channels-last storage makes the permutes free, and LayerNorm runs over contiguous channels.
+            x = F.relu(norm(conv(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        tokens: Tensor = self.norm_out(self.project(x.permute(0, 2, 3, 1).flatten(1, 2)))
+        return tokens
+
+
+class Attention(nn.Module):
+    """Pre-norm self-attention with a second LayerNorm before the output projection."""
+
+    def __init__(self, config: BackboneConfig, linear: LinearFactory) -> None:
+        super().__init__()
+        self.n_heads, self.head_dim = config.n_heads, config.head_dim
+        self.norm = LayerNorm(config.width)
+        self.qkv = linear(config.width, 3 * config.inner_dim, bias=False)
+        self.norm_out = LayerNorm(config.inner_dim)
+        self.out = linear(config.inner_dim, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, collect: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """[B, 1 + T, D] -> the same; queries and keys [B, H, 1 + T, E] are appended to ``collect``."""
+        b, t, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, t, 3, self.n_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        if collect is not None:
+            collect.append((q, k))
+        y = attention(q, k, v).transpose(1, 2).reshape(b, t, self.n_heads * self.head_dim)
+        y = self.dropout(self.out(self.norm_out(y)))
+        return y
+
+
+class Mlp(nn.Module):
+    """LayerNorm -> up -> GELU (erf) -> LayerNorm, in ternary blocks only -> down."""
+
+    def __init__(self, config: BackboneConfig, linear: LinearFactory, inner_norm: bool) -> None:
+        super().__init__()
+        self.norm = LayerNorm(config.width)
+        self.up = linear(config.width, config.mlp_dim)
+        self.norm_down = LayerNorm(config.mlp_dim) if inner_norm else nn.Identity()
+        self.down = linear(config.mlp_dim, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 1 + T, D] -> the same."""
+        hidden = self.norm_down(self.dropout(F.gelu(self.up(self.norm(x)))))
+        y: Tensor = self.dropout(self.down(hidden))
+        return y
+
+
+class Block(nn.Module):
+    """One transformer block; ``ternary`` chooses the linear layers and the MLP's inner norm."""
+
+    def __init__(self, config: BackboneConfig, ternary: bool) -> None:
+        super().__init__()
+        self.ternary = ternary
+        linear: LinearFactory = TernaryLinear if ternary else Linear
+        self.attention = Attention(config, linear)
+        self.mlp = Mlp(config, linear, inner_norm=ternary)
+
+    def forward(self, x: Tensor, collect: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """[B, 1 + T, D] -> the same."""
+        x = x + self.attention(x, collect)
+        x = x + self.mlp(x)
+        return x
+
+
+@dataclass
+class Features:
+    """What the backbone makes of a batch.
+
+    Attributes:
+        tokens: [B, 1 + T, D], CLS first.
+        grid: patch rows and columns, T = rows * columns.
+        queries_keys: for the last blocks asked for, (queries, keys), each [B, H, 1 + T, E].
+    """
+
+    tokens: Tensor
+    grid: tuple[int, int]
+    queries_keys: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def cls(self) -> Tensor:
+        """[B, D]."""
+        return self.tokens[:, 0]
+
+    @property
+    def patches(self) -> Tensor:
+        """[B, T, D]."""
+        return self.tokens[:, 1:]
+
+    def feature_map(self) -> Tensor:
+        """[B, D, rows, columns]."""
+        return self.patches.transpose(1, 2).unflatten(2, self.grid)
+
+
+class VisionTransformer(nn.Module):
+    """The backbone: stem, CLS token, learned position embedding, blocks. No norm after the last block."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = ConvStem(config) if config.stem == "conv" else PatchEmbedding(config)
+        n_patches = config.grid[0] * config.grid[1]
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.position_embedding = nn.Parameter(torch.zeros(1, 1 + n_patches, config.width))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.02)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        first_full = config.depth - config.full_precision_blocks
+        self.blocks = nn.ModuleList(Block(config, ternary=i < first_full) for i in range(config.depth))
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Patch rows and columns of an image.
+
+        Raises:
+            ImageError: a side is not a positive multiple of the patch size; names the nearest size that fits.
+        """
+        p = self.config.patch_size
+        if height % p or width % p or height < p or width < p:
+            fit = tuple(max(p, round(s / p) * p) for s in (height, width))
+            raise ImageError(
+                f"image size {height}x{width} (height x width) does not fit: both sides must be multiples of "
+                f"{p}; resize to {fit[0]}x{fit[1]}"
+            )
+        return height // p, width // p
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position embedding [1, 1 + T, D] for ``grid``, interpolated bicubically from the trained grid."""
+        embedding = self.position_embedding
+        if grid == self.config.grid:
+            return embedding
+        patches = embedding[:, 1:].float().transpose(1, 2).unflatten(2, self.config.grid)
+        patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+        return torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2).to(embedding.dtype)], dim=1)
+
+    def features(self, images: Tensor, collect_last: int = 0) -> Features:
+        """Tokens of a batch and the queries and keys of its last ``collect_last`` blocks.
+
+        Args:
+            images: float [B, 3, height, width], normalised; sides are multiples of the patch size.
+        """
+        grid = self.grid_of(images.shape[-2], images.shape[-1])
+        patches = self.stem(images)
+        cls = self.cls_token.to(patches.dtype).expand(len(patches), -1, -1)
+        x = self.dropout(torch.cat([cls, patches], dim=1) + self.positions(grid).to(patches.dtype))
+        collected: list[tuple[Tensor, Tensor]] = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, collected if i >= len(self.blocks) - collect_last else None)
+        return Features(x, grid, collected)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float [B, 3, height, width], normalised -> tokens [B, 1 + T, D], CLS first."""
+        return self.features(images).tokens
