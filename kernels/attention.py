@@ -33,7 +33,10 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @contextmanager
 def force_formulation(formulation: Formulation) -> Iterator[None]:
-    """Within this context ``attention`` uses ``formulation`` whatever the device; for comparisons."""
+    """Within this context ``attention`` uses ``formulation`` whatever the device; for comparisons.
+
+    ``plain`` gives no gradients.
+    """
     token = _forced.set(formulation)
     try:
         yield
@@ -50,8 +53,9 @@ def _choose(q: Tensor, k: Tensor, v: Tensor) -> Formulation:
 
 
 def _attention_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # The scale goes to q, which is far smaller than the logits.
-    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1) @ v
+    """Without gradients: the softmax overwrites the logits, which are the largest tensor by far."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return torch.softmax(logits, dim=-1, out=logits) @ v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def check_packed(packed: Tensor, k: int | None = None) -> None:
     if k is not None and packed.shape[1] != packed_width(k):
         raise ValueError(f"packed: {packed.shape[1]} bytes a row, but {k} values take {packed_width(k)}")
     # Illegal: the high bit of a pair is set and the low one is not. As int32 words, four bytes an operation.
-    words = packed.contiguous().view(torch.int32)
+    words = _aligned(packed).view(torch.int32)
     illegal = (words >> 1) & ~words & 0x55555555
     if bool(illegal.any()):
         row = int(illegal.any(dim=1).nonzero()[0])
@@ -103,6 +103,12 @@ def check_packed(packed: Tensor, k: int | None = None) -> None:
             used = min(max(k % GROUP - plane * GROUP_BYTES, 0), GROUP_BYTES)
             if bool(((last[:, used:] >> (2 * plane)) & 3).any()):
                 raise ValueError(f"packed: values after the {k}th are not zero; the weight is damaged or has another K")
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and starting at a multiple of 16 bytes, so that several bytes can be read as one number."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _check_packed_form(packed: Tensor) -> None:
@@ -149,7 +155,7 @@ def _unpack_table(device: torch.device) -> Tensor:
 def _unpack_interleaved(packed: Tensor) -> Tensor:
     """int8 [N, 4 P], along K in the table's order, which ``_interleave`` gives to the activations too."""
     n, width = packed.shape
-    pairs = packed.contiguous().view(torch.uint16).flatten().to(torch.int32)
+    pairs = _aligned(packed).view(torch.uint16).flatten().to(torch.int32)
     return _unpack_table(packed.device).index_select(0, pairs).view(torch.int8).view(n, PLANES * width)
 
 
@@ -160,7 +166,7 @@ def _interleave(x_q: Tensor, width: int) -> Tensor:
     weights: there are fewer of them. Two neighbours move together, as one int16.
     """
     m, k = x_q.shape
-    x_q = torch.nn.functional.pad(x_q, (0, PLANES * width - k)) if k < PLANES * width else x_q.contiguous()
+    x_q = torch.nn.functional.pad(x_q, (0, PLANES * width - k)) if k < PLANES * width else _aligned(x_q)
     planes = x_q.view(torch.int16).view(m * (width // GROUP_BYTES), PLANES, GROUP_BYTES // 2)
     return torch.stack(planes.unbind(1), dim=-1).view(torch.int8).view(m, PLANES * width)
 
@@ -330,8 +336,8 @@ def _launch_ternary_matmul(
     raw = scale is None
     out = torch.empty((m, -(-n // 16) * 16), dtype=torch.int32 if raw else out_dtype, device=x_q.device)
     if m == 0 or n == 0:
-        return out
-    packed = packed.contiguous()
+        return out[:, :n].contiguous()
+    packed = _aligned(packed)
     n_groups = packed.shape[1] // GROUP_BYTES
     # The kernel has no masks along K and loads 16 bytes at a time.
     if k % GROUP or x_q.stride(1) != 1 or x_q.stride(0) % 16 or x_q.data_ptr() % 16:

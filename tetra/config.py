@@ -212,8 +212,8 @@ BACKBONES: dict[str, BackboneConfig] = {
 }
 
 _NANO_HEADS: dict[str, dict[str, Any]] = {
-    # A 7 x 7 grid and 2048 bits keep the whole nano file below 2 MB.
-    "mixvpr": {"grid": (7, 7), "out_channels": 256, "mix_depth": 2, "out_rows": 8},
+    # A 7 x 7 grid and two mixer layers keep the whole nano file below 2 MB.
+    "mixvpr": {"grid": (7, 7), "out_channels": 256, "mix_depth": 2, "out_rows": 16},
 }
 
 

@@ -219,6 +219,45 @@ class MixVPR(Head):
         x = self.channels(self.mix(x).transpose(1, 2)).transpose(1, 2)
         return F.normalize(self.rows(x).flatten(1), dim=-1)
 
+    @torch.no_grad()
+    def initialize(self, features: Features) -> None:
+        """Start training from a descriptor that works: tokens averaged over cells of the image, decorrelated.
+
+        The mixer layers begin as the identity, a row as the mean of one cell of a ``out_rows``-cell raster, and
+        the channels as centred, partly whitened principal components under a random rotation, which spreads the
+        variance evenly over the bits (Gong et al., Iterative Quantization, CVPR 2011).
+
+        Args:
+            features: of some hundred training images.
+        """
+        for layer in self.mix:
+            assert isinstance(layer, _MixerLayer)
+            nn.init.zeros_(layer.down.weight)
+            nn.init.zeros_(layer.down.bias)
+        n = self.grid[0] * self.grid[1]
+        cells = _raster(self.rows.out_features, self.grid)
+        masks = torch.eye(n, device=self.rows.weight.device).reshape(n, 1, *self.grid)
+        pooling = F.adaptive_avg_pool2d(masks, cells).reshape(n, -1).T
+        self.rows.weight.copy_(pooling)
+        nn.init.zeros_(self.rows.bias)
+        x = resample(features.feature_map().float(), self.grid).flatten(2) @ pooling.T
+        x = x.transpose(1, 2).flatten(0, 1).double()
+        mean = x.mean(0)
+        variances, directions = torch.linalg.eigh(torch.cov((x - mean).T))
+        out = self.channels.out_features
+        kept = directions[:, -out:] * variances[-out:].clamp(min=variances[-1] * 1e-4) ** -0.25
+        rotation = torch.linalg.qr(torch.randn(out, kept.shape[1], dtype=torch.float64, device=x.device).T)[0].T
+        weight = rotation @ kept.T if kept.shape[1] >= out else torch.randn(out, kept.shape[1]).to(kept) @ kept.T
+        weight = weight / weight.norm(dim=1).mean()
+        self.channels.weight.copy_(weight)
+        self.channels.bias.copy_(-(weight @ mean))
+
+
+def _raster(n_cells: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """The rows x columns = ``n_cells`` whose cells are nearest to squares on ``grid``."""
+    shapes = [(r, n_cells // r) for r in range(1, n_cells + 1) if n_cells % r == 0]
+    return min(shapes, key=lambda s: abs(math.log((grid[0] / s[0]) / (grid[1] / s[1]))))
+
 
 def resample(feature_map: Tensor, grid: tuple[int, int]) -> Tensor:
     """Area-aware resampling of [B, C, rows, columns] to ``grid``; the identity where the shape is right."""

@@ -11,6 +11,7 @@ are. ``pack()`` returns a new :class:`PackedTernaryLinear`, which can only infer
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class TernaryLinear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.lam = 1.0
         self.layer_name = ""
-        self._packed_twin: tuple[tuple[int, int, torch.device], PackedTernaryLinear] | None = None
+        self._packed_twin: tuple[Tensor, PackedTernaryLinear] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features].
@@ -89,15 +90,23 @@ class TernaryLinear(nn.Linear):
             ValueError: in ``eval()`` at lambda 1, the weight or the input has NaN or infinite values.
         """
         if not self.training and self.lam == 1.0:
-            return self._twin()(x)
+            twin = self._twin()
+            operands = (x, self.weight) if self.bias is None else (x, self.weight, self.bias)
+            if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
+                exact: Tensor = _ExactStraightThrough.apply(x, self.weight, self.bias, twin)
+                return exact
+            return twin(x)
         return F.linear(blend_activation(x, self.lam), blend_weight(self.weight, self.lam), self.bias)
 
     def _twin(self) -> PackedTernaryLinear:
-        # Packing costs more than a small product; keep the result until an optimiser or a load touches W.
-        key = (self.weight._version, self.weight.data_ptr(), self.weight.device)
-        if self._packed_twin is None or self._packed_twin[0] != key:
-            self._packed_twin = (key, self.pack())
-        twin = self._packed_twin[1]
+        # Packing costs many times a comparison; keep the result with the weight that it was made from. Tensors'
+        # version counters would not do: fused optimisers and edits of `.data` leave them as they are.
+        weight = self.weight.detach()
+        seen, twin = self._packed_twin or (None, None)
+        same = seen is not None and seen.device == weight.device and seen.dtype == weight.dtype
+        if twin is None or seen is None or not same or not torch.equal(seen, weight):
+            twin = self.pack()
+            self._packed_twin = (weight.clone(), twin)
         twin.bias = None if self.bias is None else nn.Parameter(self.bias.detach(), requires_grad=False)
         return twin
 
@@ -165,6 +174,24 @@ class PackedTernaryLinear(KeepsFloat32):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class _ExactStraightThrough(torch.autograd.Function):
+    """The integer product forward; backward as if both operands were their quantised values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, twin: PackedTernaryLinear) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return twin(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad, needs = grads[0], ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        grad_x = grad @ blend_weight(weight, 1.0).to(grad.dtype) if needs[0] else None
+        grad_w = rows.T @ blend_activation(x, 1.0).flatten(0, -2).to(grad.dtype) if needs[1] else None
+        return grad_x, grad_w, rows.sum(0) if needs[2] else None, None
 
 
 def name_layers(model: nn.Module) -> None:

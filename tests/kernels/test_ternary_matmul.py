@@ -212,6 +212,18 @@ def test_inputs_need_not_be_contiguous(run: Run) -> None:
     assert torch.equal(run(ternary_matmul_int32, wide, packed), product(wide, codes))
 
 
+@pytest.mark.parametrize("offset", [1, 2, 3, 5])
+def test_inputs_may_start_at_any_byte(run: Run, offset: int) -> None:
+    """As they do when they are views into the bytes of a file."""
+    x_q, codes = random_activations(4, 128), random_codes(6, 128)
+    packed = pack_ternary(codes)
+    x_bytes, packed_bytes = torch.zeros(offset + 512, dtype=torch.int8), torch.zeros(offset + 192, dtype=torch.uint8)
+    x_bytes[offset:], packed_bytes[offset:] = x_q.flatten(), packed.flatten()
+    moved = packed_bytes[offset:].view(6, 32)
+    assert torch.equal(run(ternary_matmul_int32, x_bytes[offset:].view(4, 128), moved), product(x_q, codes))
+    assert torch.equal(unpack_ternary(moved, 128), codes)
+
+
 # --- the linear layer --------------------------------------------------------------------------------------
 
 

@@ -220,7 +220,7 @@ class _Builder:
         ] = []
         self.textures: list[Texture] = []
         self.solids: list[Solid] = []
-        self.footprints: list[tuple[NDArray[np.float32], float]] = []
+        self.footprints: list[tuple[FloatArray, float]] = []
         self.plain = [self.add_texture(plain_wall(rng, windows)) for windows in (False, False, True, True)]
         self.roofs = [
             self.add_texture(roof_tiles(rng, colour))
@@ -571,7 +571,7 @@ def build_town(seed: int = 0, *, origin: tuple[float, float] = (500_000.0, 5_400
     lamps, slots, walkways = [], [], []
     for line, half in zip(lines, halves, strict=True):
         crossings = grid.reshape(-1, 2)
-        avenue, kind = rng.random() < 0.55, int(rng.integers(len(LEAVES) - 1))
+        is_avenue, species = rng.random() < 0.55, int(rng.integers(len(LEAVES) - 1))
         style = int(rng.integers(3))
         for along_m, point, direction in _walk(line, 1.0):
             clear = np.hypot(*(crossings - point).T).min()
@@ -579,12 +579,20 @@ def build_town(seed: int = 0, *, origin: tuple[float, float] = (500_000.0, 5_400
             heading = math.degrees(math.atan2(direction[0], direction[1])) % 360
             for side in (-1, 1):
                 kerb = point + side * (half - PAVEMENT_M + 0.45) * right
-                if along_m % 12 == (3 if side < 0 else 9) and avenue and clear > half + 5:
+                if along_m % 12 == (3 if side < 0 else 9) and is_avenue and clear > half + 5:
                     size = rng.uniform(0.8, 1.15)
-                    sprites.append(Sprite(*kerb, 5.4 * size, 7.2 * size, f"tree{kind}{int(rng.integers(2))}"))
+                    sprites.append(
+                        Sprite(
+                            float(kerb[0]),
+                            float(kerb[1]),
+                            5.4 * size,
+                            7.2 * size,
+                            f"tree{species}{int(rng.integers(2))}",
+                        )
+                    )
                 if along_m % 24 == (0 if side < 0 else 12) and clear > half + 1:
                     lamps.append(kerb)
-                    sprites.append(Sprite(*kerb, 1.4, 5.6, f"lamp{style}"))
+                    sprites.append(Sprite(float(kerb[0]), float(kerb[1]), 1.4, 5.6, f"lamp{style}"))
                 if along_m % 6 == 0 and clear > half + 8:
                     x, y = point + side * (half - PAVEMENT_M - 1.0) * right
                     slots.append((x, y, heading if side > 0 else (heading + 180) % 360))
@@ -899,7 +907,8 @@ def _paint_ground(
                     corners = [near, near + 0.5 * right, near + 0.5 * right + 2.6 * direction, near + 2.6 * direction]
                     draw.polygon(scaled(np.asarray(corners)), fill=(222, 220, 214, 180))
     for _ in range(160):  # patches where the road was opened
-        line, half, asphalt = (seq[k] for k in [int(rng.integers(len(lines)))] for seq in (lines, halves, asphalts))
+        which = int(rng.integers(len(lines)))
+        line, half, asphalt = lines[which], halves[which], asphalts[which]
         k = int(rng.integers(len(line) - 1))
         at = line[k] + rng.random() * (line[k + 1] - line[k]) + rng.uniform(-half + 3.4, half - 3.4, 2) * 0.5
         w, h = rng.uniform(0.5, 2.6, 2) * px

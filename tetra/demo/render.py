@@ -666,7 +666,8 @@ def _precipitation(image: Array, c: Conditions, light: _Light, rng: np.random.Ge
     if c.rain:
         drops = np.zeros((height, width), np.float32)
         for _ in range(int(260 * c.rain)):
-            x, y, size = rng.integers(width), rng.integers(-30, height), int(rng.integers(10, 42) * height / 448) + 3
+            x, y = int(rng.integers(width)), int(rng.integers(-30, height))
+            size = int(rng.integers(10, 42) * height / 448) + 3
             ys = np.arange(max(0, y), min(height, y + size))
             drops[ys, np.clip(x + (ys - y) // 7, 0, width - 1)] = rng.uniform(0.1, 0.34)
         image += drops[..., None] * (bright - image)

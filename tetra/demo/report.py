@@ -61,7 +61,7 @@ p.lead { color: var(--soft); max-width: 46rem; margin: 0 0 1.2rem; }
   box-shadow: var(--shadow); }
 .card { padding: 1rem 1.1rem; }
 .card .label { color: var(--soft); font-size: .84rem; }
-.card .value { font-size: 1.75rem; font-weight: 650; letter-spacing: -.02em; line-height: 1.25;
+.card .value { font-size: 1.6rem; white-space: nowrap; font-weight: 650; letter-spacing: -.02em; line-height: 1.25;
   font-variant-numeric: tabular-nums; }
 .card .note { color: var(--soft); font-size: .84rem; }
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1rem;
@@ -73,14 +73,14 @@ figure img { display: block; width: 100%; height: auto; border-radius: 6px; }
 figure.photo { padding: 0; } figure.photo img { border-radius: 0; } figure.photo figcaption { padding:
   .45rem .75rem .6rem; margin: 0; }
 figcaption { color: var(--soft); font-size: .88rem; margin-top: .7rem; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .8rem;
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .8rem;
   margin-top: 1rem; }
 .gallery figure { margin: 0; }
 .gallery.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
 .table { overflow-x: auto; margin-top: 1rem; padding: .4rem 1rem .6rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
 caption { text-align: left; color: var(--soft); font-size: .88rem; padding: .5rem 0 .3rem; }
-th, td { text-align: right; padding: .42rem .6rem; border-top: 1px solid var(--line); white-space: nowrap; }
+th, td { text-align: right; padding: .42rem .45rem; border-top: 1px solid var(--line); white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 550; border-top: 0; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.total td { font-weight: 650; }
@@ -289,7 +289,7 @@ def line_chart(
         handles, labels = handles + more[0], labels + more[1]
     if split_at is not None:
         axes.axvline(split_at, color=FAINT, linewidth=1)
-    _legend(axes, handles=handles, labels=labels, loc="best")
+    _legend(axes, handles=handles, labels=labels, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=len(labels))
     return _svg(figure)
 
 

@@ -241,8 +241,8 @@ def _render_town(folder: Path, seed: int, fast: bool, tell: _Narrator) -> TownDa
         town = write_town_dataset(folder, seed=seed, on_progress=on_progress, **options)
     n = len(town.database) + len(town.queries) + town.n_train_images
     tell.say(
-        f"{len(town.database)} map images by day, {len(town.queries)} queries in {len(QUERY_CONDITIONS)} kinds of light "
-        f"and weather, {town.n_train_images} training images from the other district"
+        f"{len(town.database)} map images by day, {len(town.queries)} queries in {len(QUERY_CONDITIONS)} kinds of "
+        f"light and weather, {town.n_train_images} training images from the other district"
     )
     tell.say(f"{n} pictures, {1e3 * (time.monotonic() - first) / n:.0f} ms each with the planning")
     return town
@@ -422,7 +422,7 @@ def _localise(model: TetraModel, town: TownDataset, tell: _Narrator) -> list[Ans
             answers.append(Answer(i, row, int(distances[0, 0]), error, decode, network, search))
             advance(i + 1)
     table = console_table("Some of the answers", "query", "weather", "true position", "you are here", "bits", "error")
-    for answer in answers[:: max(1, len(answers) // 8)][:8]:
+    for answer in answers[:: max(1, len(answers) // 8) | 1][:8]:
         shot = town.queries[answer.query]
         truth, there = town.town.utm(shot.pose), town.town.utm(town.database[answer.row].pose)
         colour = "green" if answer.is_right else "red"

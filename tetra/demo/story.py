@@ -24,6 +24,7 @@ from tetra.demo.report import (
     town_map,
 )
 from tetra.demo.town import CONDITIONS, QUERY_CONDITIONS, Pose, TownDataset, render_view
+from tetra.images import list_images
 
 if TYPE_CHECKING:
     from tetra.demo.steps import Results
@@ -38,8 +39,8 @@ def write_story(r: Results, path: Path) -> Path:
     report = Report(
         "TeTRA: where was this photo taken?",
         f"A neural network with 2-bit weights turns each picture into {r.shipped.facts.bytes_per_image} bytes and "
-        f"finds the place in a town that it has never seen: {len(town.queries)} queries by night, in rain, fog and snow, "
-        f"against a map of {len(town.database)} pictures taken by day.",
+        f"finds the place in a town that it has never seen: {len(town.queries)} queries by night, in rain, fog and "
+        f"snow, against a map of {len(town.database)} pictures taken by day.",
         _hero(town),
     )
     before, after = r.memory["nano"]
@@ -77,8 +78,18 @@ def _cards(r: Results, before: dict[str, int], after: dict[str, int], right: int
 
 
 def _hero(town: TownDataset) -> bytes:
-    pose = town.database[len(town.database) // 3].pose
-    return jpeg(render_view(town.town, pose, "dusk", (420, 1260)), 82)
+    return jpeg(render_view(town.town, _postcard(town, 1), "dusk", (420, 1260)), 82)
+
+
+def _postcard(town: TownDataset, rank: int) -> Pose:
+    """The pose of a picture with much in it: the variety of its parts says so, ``rank`` 0 the most."""
+
+    def variety(pose: Pose) -> float:
+        small = render_view(town.town, pose, "overcast", (64, 96), supersample=1).astype(float)
+        return float(small.std((0, 1)).sum() + 2 * small[:40].std(1).mean())
+
+    candidates = [shot.pose for shot in town.database[:: max(1, len(town.database) // 24)]]
+    return sorted(candidates, key=variety, reverse=True)[min(rank, len(candidates) - 1)]
 
 
 def _tell_town(report: Report, town: TownDataset) -> None:
@@ -88,9 +99,7 @@ def _tell_town(report: Report, town: TownDataset) -> None:
         "since. The map is made on a sunny day. Queries come back from shifted viewpoints in other light and weather; "
         "here is one place in all of them.",
     )
-    # The place of the map with the most to see: the nearest thing to a postcard is the most varied picture.
-    candidates = town.database[2 :: max(1, len(town.database) // 6)][:6]
-    pose = max(candidates, key=lambda shot: float(render_view(town.town, shot.pose, "day", (96, 96)).std())).pose
+    pose = _postcard(town, 0)
     report.gallery(
         [
             Picture(
@@ -147,11 +156,14 @@ def _tell_recall(report: Report, r: Results) -> None:
             ),
         ],
     )
-    strips = sorted(r.pictures.glob("match_*.png"))
-    report.gallery(
-        [Picture(_strip(p), "Query and its nearest map images: green is right, red is wrong.") for p in strips],
-        wide=True,
-    )
+    names = [path.name for path in list_images(r.town.folder / "queries")]
+    strips = []
+    for path in sorted(r.pictures.glob("match_*.png")):
+        weather = names[int(path.stem.removeprefix("match_"))].split("@")[-2]
+        strips.append(
+            Picture(_strip(path), f"A query ({weather}) and its nearest map images; green is right, red wrong.")
+        )
+    report.gallery(strips, wide=True)
 
 
 def _strip(path: Path) -> bytes:
@@ -175,7 +187,8 @@ def _tell_map(report: Report, r: Results, right: int) -> None:
         for a in r.answers
     ]
     picture = town_map(town.town, [(s.pose.x, s.pose.y) for s in town.database], localised)
-    shown = r.answers[:: max(1, len(r.answers) // 12)][:12]
+    # An odd stride: conditions follow each other in a fixed order of eight.
+    shown = r.answers[:: max(1, len(r.answers) // 12) | 1][:12]
     rows: list[list[str]] = []
     good: set[tuple[int, int]] = set()
     bad: set[tuple[int, int]] = set()

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from tetra.errors import ConfigError
+from tetra.heads import MixVPR
 from tetra.layers import set_lambda
 from tetra.model import TetraModel
 from tetra.quantization import LambdaSchedule, lambda_at
 from tetra.training.augment import AugmentConfig, augment, resize
-from tetra.training.data import Place, PlaceBatches, gsv_cities_places, photo_places, video_places
-from tetra.training.loop import LoopConfig, StageModule, run_stage
+from tetra.training.data import Place, PlaceBatches, StepSampler, gsv_cities_places, photo_places, video_places
+from tetra.training.loop import CHECKPOINT, LoopConfig, StageModule, run_stage
 from tetra.training.losses import BinaryMultiSimilarityLoss
 from tetra.training.schedules import warmup_steps_down
+from tetra.vit import Features
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class FinetuneConfig:
         epochs: passes over all places; ``max_steps`` optimiser steps count instead if positive, and the
             milestones then keep their shares of the stage.
         keep_decoded: hold all decoded images in memory.
+        initialize_head: start the head from so many training images (see :meth:`tetra.heads.MixVPR.initialize`);
+            0 starts it at random.
     """
 
     sources: tuple[PlaceSource, ...]
@@ -79,6 +83,7 @@ class FinetuneConfig:
     lambda_schedule: LambdaSchedule = "sigmoid"
     trainable_blocks: int = 1
     keep_decoded: bool = False
+    initialize_head: int = 0
     augment: AugmentConfig | None = None
     loop: LoopConfig = field(default_factory=LoopConfig)
 
@@ -146,6 +151,24 @@ class FinetuneModule(StageModule):
         return {"loss": loss, "lambda": torch.tensor(lam), "stuck_bits": stuck}
 
 
+def _initialize_head(model: TetraModel, config: FinetuneConfig, dataset: PlaceBatches) -> None:
+    if not isinstance(model.head, MixVPR):
+        raise ConfigError(f"finetune: 'initialize_head' is for the MixVPR head, not {type(model.head).__name__}; set 0")
+    set_lambda(model, 1.0)
+    model.eval()
+    picked = StepSampler(len(dataset), min(config.initialize_head, len(dataset)), 1, config.loop.seed).batch(0)
+    features = []
+    with torch.inference_mode():
+        for start in range(0, len(picked), 32):
+            images = torch.stack([dataset[i]["images"][0] for i in picked[start : start + 32]])
+            seen = resize(images, model.image_size)
+            if config.augment is not None:
+                seen = augment(images, config.augment, model.image_size)
+            features.append(model.features(seen.to(model.image_mean.device)))
+    tokens = torch.cat([f.tokens for f in features])
+    model.head.initialize(Features(tokens, features[0].grid))
+
+
 def _collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {
         "images": torch.stack([item["images"] for item in items]),
@@ -176,6 +199,8 @@ def finetune(
     per_step = config.places_per_batch * config.loop.accumulate
     n_steps = config.max_steps or max(1, round(config.epochs * len(dataset) / per_step))
     torch.manual_seed(config.loop.seed)
+    if config.initialize_head and not (folder / CHECKPOINT).exists():
+        _initialize_head(model, config, dataset)
     module = FinetuneModule(model, config, n_steps, validate)
     return run_stage(
         module,

@@ -218,6 +218,7 @@ def run_stage(
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
+    module.train()  # Lightning keeps whatever mode it finds
     if start < module.n_steps:
         trainer.fit(module, loader, ckpt_path=checkpoint if start else None)
         if trainer.interrupted:
