@@ -56,6 +56,7 @@ nano: venv  ## retrain the model that ships inside the package, into runs/nano/
 	@$(BIN)/tetra train run nano --out $(NANO_OUT) --resume
 
 wheel: venv  ## build the wheel into dist/
+	@rm -rf build/lib build/bdist.*  # or files that were deleted since would be in it
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 	@ls -l dist
 

@@ -87,6 +87,33 @@ def test_blended_forward_and_gradients(lam: float, training: bool) -> None:
     torch.testing.assert_close(layer.bias.grad, upstream.sum(0), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("n_in", "n_out", "lead"), CASES)
+def test_gradients_of_evaluation_are_those_of_training(
+    n_in: int, n_out: int, lead: tuple[int, ...], bias: bool
+) -> None:
+    layer = TernaryLinear(n_in, n_out, bias)
+    x = torch.randn(*lead, n_in)
+    upstream = torch.randn(*lead, n_out)
+    gradients = []
+    for training in (True, False):
+        copied, inputs = copy.deepcopy(layer).train(training), x.clone().requires_grad_()
+        copied(inputs).backward(upstream)
+        gradients.append([inputs.grad, *(p.grad for p in copied.parameters())])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "input"])
+def test_gradients_reach_only_what_wants_them(frozen: str) -> None:
+    layer = ternary(9, 4)
+    x = torch.randn(3, 9).requires_grad_(frozen != "input")
+    if frozen != "input":
+        getattr(layer, frozen).requires_grad_(False)
+    layer(x).sum().backward()
+    found = {"weight": layer.weight.grad, "bias": layer.bias.grad, "input": x.grad}
+    assert {name for name, grad in found.items() if grad is None} == {frozen}
+
+
 def test_degenerate_inputs_and_weights() -> None:
     layer = ternary(8, 4)
     x = torch.zeros(3, 8)

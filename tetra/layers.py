@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import Self
 
 from tetra.kernels import pack_ternary, ternary_linear
 from tetra.quantization import blend_activation, blend_weight, ternarize_weight
@@ -31,7 +30,7 @@ class KeepsFloat32(nn.Module):
 
     float32_buffers: tuple[str, ...] = ()
 
-    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> KeepsFloat32:
         before = {name: self._buffers[name] for name in self.float32_buffers}
         super()._apply(fn, recurse)
         for name, buffer in before.items():

@@ -57,7 +57,9 @@ def blend_activation(x: Tensor, lam: float) -> Tensor:
         return x
     with torch.no_grad():
         absmax = x.abs().amax(-1, keepdim=True).clamp(min=EPSILON)
-        delta = (x * (127.0 / absmax)).round_().clamp_(-128, 127).mul_(absmax / 127.0).sub_(x).mul_(lam)
+        # `127.0 / absmax` would multiply by a rounded reciprocal; a true division agrees with the integer path.
+        factor = torch.full_like(absmax, 127.0) / absmax
+        delta = (x * factor).round_().clamp_(-128, 127).mul_(absmax / 127.0).sub_(x).mul_(lam)
     return x + delta
 
 

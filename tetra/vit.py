@@ -36,7 +36,9 @@ class PatchEmbedding(nn.Module):
         """[B, 3, height, width] -> [B, T, D]."""
         b, c, h, w = images.shape
         p = self.patch_size
-        patches = images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(b, -1, p * p * c)
+        rows, columns = h // p, w // p
+        patches = images.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1)
+        patches = patches.reshape(b, rows * columns, p * p * c)
         tokens: Tensor = self.norm_out(self.project(self.norm_in(patches)))
         return tokens
 

@@ -34,7 +34,7 @@ from tetra.images import load_image
 from tetra.kernels import hamming_search
 from tetra.layers import TernaryLinear
 from tetra.memory import memory_bytes
-from tetra.model import TetraModel
+from tetra.model import TetraModel, create_model
 
 RADIUS_M = 25.0
 HURRY_AFTER_S = 230.0  # a machine this slow gets no measurement of ViT-B
@@ -165,6 +165,7 @@ def run(out: Path, *, seed: int, fast: bool, model_name: str | Path) -> Path:
         "Build a town", "two districts: one to learn from, another to be tested in; streets, weather, night and day"
     ):
         town = _render_town(out / "town", seed, fast, tell)
+    _choose_threads(tell)
     with tell.step("Test the shipped model", f"'{model_name}' has never seen this town; its map is made in daylight"):
         dataset = load_dataset(town.folder, "utm", RADIUS_M)
         shipped = evaluate(
@@ -321,11 +322,26 @@ def training_recipe(seed: int, fast: bool, budget_s: float = TRAIN_SECONDS) -> t
     return recipe, words
 
 
-def _seconds_per_image(model: TetraModel) -> float:
+def _choose_threads(tell: _Narrator) -> None:
+    """Work with one thread where several are slower: on a busy machine they wait for each other at every operation."""
+    many = torch.get_num_threads()
+    if many == 1:
+        return
+    model = create_model("nano", "mixvpr")
+    taken = {}
+    for threads in (1, many):
+        torch.set_num_threads(threads)
+        taken[threads] = _seconds_per_image(model, n_images=8)
+    torch.set_num_threads(min(taken, key=lambda n: taken[n]))
+    if torch.get_num_threads() < many:
+        tell.say(f"[dim]the machine is busy: one thread is faster than {many} here[/]")
+
+
+def _seconds_per_image(model: TetraModel, n_images: int = 32) -> float:
     """Time of a forward and a backward pass on this machine."""
     from tetra.training.data import half_precision
 
-    images = torch.rand(32, 3, *model.image_size)
+    images = torch.rand(n_images, 3, *model.image_size)
     taken = []
     for _ in range(4):
         start = time.perf_counter()

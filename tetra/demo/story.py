@@ -78,7 +78,7 @@ def _cards(r: Results, before: dict[str, int], after: dict[str, int], right: int
 
 
 def _hero(town: TownDataset) -> bytes:
-    return jpeg(render_view(town.town, _postcard(town, 1), "dusk", (420, 1260)), 82)
+    return jpeg(render_view(town.town, _postcard(town, 3), "dusk", (420, 1260)), 82)
 
 
 def _postcard(town: TownDataset, rank: int) -> Pose:
@@ -329,7 +329,7 @@ def _tell_speed(report: Report, r: Results) -> None:
         side = " x ".join(str(v) for v in rows[0]["image_size"])
         tables.append(
             Table(
-                ["variant", "median ms", "p95 ms", "times as fast", "weights MiB"],
+                ["variant", "median ms", "p95 ms", "speed-up", "MiB"],
                 cells,
                 f"{arch}, one image of {side}, {rows[0]['threads']} CPU threads, {rows[0]['repeats']} rounds",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,8 @@ _TENSOR, _PAIRS, _TUPLE = "__tensor__", "__pairs__", "__tuple__"
 
 def _encode(value: Any, tensors: dict[str, torch.Tensor], path: str) -> Any:
     if isinstance(value, torch.Tensor):
+        while path in tensors:  # keys 1 and "1", or one with a slash
+            path += "'"
         # A copy of its own: safetensors refuses tensors that share storage.
         tensors[path] = value.detach().cpu().clone().contiguous()
         return {_TENSOR: path}
@@ -52,9 +55,9 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _encode(checkpoint, tensors, "")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata={"kind": "tetra-training-checkpoint", "tree": json.dumps(tree)})
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -64,7 +67,8 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             f"{path}: checkpoint can't be written ({error}); free some space or choose another folder, then resume"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -81,7 +85,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise FileFormatError(f"{path}: not a readable checkpoint ({error}); resume from another one") from None
     if metadata.get("kind") != "tetra-training-checkpoint":
         raise FileFormatError(f"{path}: not a training checkpoint; expected one that training wrote")
-    checkpoint: dict[str, Any] = _decode(json.loads(metadata["tree"]), tensors)
+    try:
+        checkpoint: dict[str, Any] = _decode(json.loads(metadata["tree"]), tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path}: damaged checkpoint ({error}); resume from another one") from None
     return checkpoint
 
 

@@ -115,6 +115,7 @@ class CachedViews(Dataset[dict[str, Any]]):
     """
 
     CHUNK = 64
+    _NAMES = ("images", "cls", "patches")
 
     def __init__(self, views: ViewDataset, folder: Path, grid: tuple[int, int] | None = None) -> None:
         self.views, self.folder, self.grid = views, folder, grid
@@ -136,7 +137,8 @@ class CachedViews(Dataset[dict[str, Any]]):
                 found = json.loads(manifest_path.read_text())
             except ValueError:
                 found = {}
-            if found.get("fingerprint") == manifest["fingerprint"]:
+            complete = all((self.folder / f"{name}.npy").is_file() for name in self._NAMES)
+            if complete and isinstance(found, dict) and found.get("fingerprint") == manifest["fingerprint"]:
                 manifest = found
         done = int(manifest["done"])
         n = len(self.views)
@@ -180,7 +182,7 @@ class CachedViews(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self._arrays is None:
-            self._arrays = {k: np.load(self.folder / f"{k}.npy", mmap_mode="r") for k in ("images", "cls", "patches")}
+            self._arrays = {k: np.load(self.folder / f"{k}.npy", mmap_mode="r") for k in self._NAMES}
         return {"index": index, **{k: torch.from_numpy(a[index].copy()) for k, a in self._arrays.items()}}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -257,6 +259,8 @@ def gsv_cities_places(root: str | Path, cities: Sequence[str] = (), min_images: 
         with file.open(newline="") as stream:
             for number, row in enumerate(csv.DictReader(stream), start=2):
                 try:
+                    if None in row.values():
+                        raise ValueError("the row ends early")
                     name = (
                         f"{row['city_id']}_{int(row['place_id']) % 10**5:07d}_{int(row['year']):04d}_"
                         f"{int(row['month']):02d}_{int(row['northdeg']):03d}_{row['lat']}_{row['lon']}_"

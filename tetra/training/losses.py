@@ -39,7 +39,7 @@ def attention_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     for s, t in zip(student, teacher, strict=True):
         log_s = F.log_softmax(s.float() / TEMPERATURE, dim=-1)
         log_t = F.log_softmax(t.float() / TEMPERATURE, dim=-1)
-        total = total + F.kl_div(log_s, log_t, reduction="mean", log_target=True)
+        total = total + F.kl_div(log_s, log_t, reduction="none", log_target=True).mean()
     return total / len(student) * TEMPERATURE**2 * ATTENTION_SCALE
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -125,7 +126,7 @@ class TransformersTeacher(_Normalized):
             ) from None
         try:
             self.network = AutoModel.from_pretrained(name_or_path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise TrainingError(
                 f"teacher '{name_or_path}' can't be loaded: {str(error).splitlines()[0]}; give a hub name or a "
                 "folder written by save_pretrained"
