@@ -8,6 +8,7 @@ tokens of a feature map and no attention.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,30 @@ class _Normalized(Teacher):
         self.std: Tensor
 
 
+def _from_pretrained(name_or_path: str) -> tuple[Any, dict[str, Any]]:
+    """A ``transformers`` model and the mean and std that its image processor declares (ImageNet's by default)."""
+    try:
+        from transformers import AutoModel
+        from transformers.image_processing_base import ImageProcessingMixin
+    except ImportError:
+        raise TrainingError(
+            "a transformers teacher needs the training extra; run: pip install 'tetra-vpr[train]'"
+        ) from None
+    try:
+        network = AutoModel.from_pretrained(name_or_path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise TrainingError(
+            f"teacher '{name_or_path}' can't be loaded: {str(error).splitlines()[0]}; give a hub name or a "
+            "folder written by save_pretrained"
+        ) from None
+    try:
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+    except (OSError, ValueError):
+        processor = {}
+    statistics = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    return network, {k: v for k, v in statistics.items() if v is not None}
+
+
 class TransformersTeacher(_Normalized):
     """Any vision transformer that ``transformers.AutoModel`` loads (DINOv2 and its family).
 
@@ -117,26 +142,17 @@ class TransformersTeacher(_Normalized):
     _KEY_NAMES = ("key", "k_proj")
 
     def __init__(self, name_or_path: str) -> None:
-        super().__init__()
-        try:
-            from transformers import AutoModel
-        except ImportError:
-            raise TrainingError(
-                "a transformers teacher needs the training extra; run: pip install 'tetra-vpr[train]'"
-            ) from None
-        try:
-            self.network = AutoModel.from_pretrained(name_or_path)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise TrainingError(
-                f"teacher '{name_or_path}' can't be loaded: {str(error).splitlines()[0]}; give a hub name or a "
-                "folder written by save_pretrained"
-            ) from None
+        network, statistics = _from_pretrained(name_or_path)
+        super().__init__(**statistics)
+        self.network = network
         config = self.network.config
         patch = getattr(config, "patch_size", None)
-        if not isinstance(patch, int):
-            raise TrainingError(f"teacher '{name_or_path}' is not a vision transformer: it has no patch_size")
+        if not isinstance(patch, int) or not hasattr(config, "num_attention_heads"):
+            raise TrainingError(f"teacher '{name_or_path}' is not a vision transformer: it has no patches or heads")
         self.patch_size: int = patch
-        self.n_registers = int(getattr(config, "num_register_tokens", 0))
+        # Networks trained at one image size only interpolate their position embedding when told to.
+        takes = inspect.signature(self.network.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
         self.n_heads = int(config.num_attention_heads)
         self.cls_dim = self.patch_dim = int(config.hidden_size)
         self._queries = self._projections(self._QUERY_NAMES)
@@ -165,22 +181,29 @@ class TransformersTeacher(_Normalized):
         modules = modules[len(modules) - 2 * n_attention :]
         hooks = [m.register_forward_hook(lambda _m, _i, out: found.append(out)) for m in modules]
         try:
-            tokens = self.network(pixel_values=(images - self.mean) / self.std).last_hidden_state
+            normalized = (images - self.mean) / self.std
+            tokens = self.network(pixel_values=normalized, **self._options).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()
+        grid = (height // p, width // p)
+        n_registers = tokens.shape[1] - 1 - grid[0] * grid[1]
+        if n_registers < 0:
+            raise TrainingError("this teacher has no CLS token to imitate; choose one of the DINOv2 family")
         logits = []
         for q, k in zip(found[0::2], found[1::2], strict=True):
             q, k = (t.reshape(b, t.shape[1], self.n_heads, -1).transpose(1, 2) for t in (q, k))
-            logits.append(self._without_registers(self._without_registers(mean_head_logits(q, k), 1), 2))
-        tokens = self._without_registers(tokens, 1)
-        return TeacherOutput(tokens[:, 0], tokens[:, 1:].unflatten(1, (height // p, width // p)), logits)
+            logits.append(without_registers(without_registers(mean_head_logits(q, k), 1, n_registers), 2, n_registers))
+        tokens = without_registers(tokens, 1, n_registers)
+        return TeacherOutput(tokens[:, 0], tokens[:, 1:].unflatten(1, grid), logits)
 
-    def _without_registers(self, x: Tensor, dim: int) -> Tensor:
-        if not self.n_registers:
-            return x
-        keep = torch.arange(x.shape[dim], device=x.device)
-        return x.index_select(dim, keep[(keep == 0) | (keep > self.n_registers)])
+
+def without_registers(x: Tensor, dim: int, n_registers: int) -> Tensor:
+    """Drop the ``n_registers`` tokens that follow CLS along ``dim``."""
+    if n_registers == 0:
+        return x
+    keep = torch.arange(x.shape[dim], device=x.device)
+    return x.index_select(dim, keep[(keep == 0) | (keep > n_registers)])
 
 
 class CnnTeacher(_Normalized):
@@ -274,13 +297,49 @@ def efficientnet_lite0_teacher(patch_layers: Sequence[str] = ("_blocks.10",)) ->
     return CnnTeacher(network, patch_layers, "_bn1", lambda net, x: net.extract_features(x))
 
 
+class TransformersCnnTeacher(_Normalized):
+    """Any convolutional network of ``transformers`` (ResNet, ConvNeXt, ...): its last feature map, no attention."""
+
+    def __init__(self, name_or_path: str) -> None:
+        network, statistics = _from_pretrained(name_or_path)
+        super().__init__(**statistics)
+        self.network = network
+        self.identity = _digest(network, name_or_path)
+        self.requires_grad_(False)
+        self.train(False)
+        with torch.no_grad():
+            out = self(torch.zeros(1, 3, 224, 224))
+        self.cls_dim, self.patch_dim = out.cls.shape[-1], out.patches.shape[-1]
+
+    def forward(self, images: Tensor, n_attention: int = 0) -> TeacherOutput:
+        """See :class:`Teacher`; there is no attention to imitate."""
+        if n_attention:
+            raise TrainingError("a convolutional teacher has no attention; set the attention loss's weight to 0")
+        feature_map = self.network(pixel_values=(images - self.mean) / self.std).last_hidden_state
+        if feature_map.dim() != 4:
+            raise TrainingError("this teacher yields neither a feature map nor patches and heads; choose another")
+        return TeacherOutput(feature_map.mean((2, 3)), feature_map.permute(0, 2, 3, 1))
+
+
+def transformers_teacher(name_or_path: str) -> Teacher:
+    """The right teacher for a ``transformers`` model: networks with attention heads have tokens, others maps."""
+    try:
+        from transformers import AutoConfig
+
+        heads = hasattr(AutoConfig.from_pretrained(name_or_path), "num_attention_heads")
+    except (ImportError, OSError, ValueError):
+        heads = True  # the loader itself says best what is wrong
+    return TransformersTeacher(name_or_path) if heads else TransformersCnnTeacher(name_or_path)
+
+
 @dataclass(frozen=True)
 class TeacherConfig:
     """Which teacher to load.
 
-    ``kind``: "transformers" (``name``: hub name or folder), "efficientnet-lite0", "tetra" (``name``: a model
-    file or a shipped name; its backbone teaches). ``patch_layers``: for EfficientNet-Lite0, as in
-    :class:`CnnTeacher`. ``image_size``: square size, in pixels, that the teacher sees; default: the student's.
+    ``kind``: "transformers" (``name``: hub name or folder of a vision transformer or a convolutional network),
+    "efficientnet-lite0", "tetra" (``name``: a model file or a shipped name; its backbone teaches).
+    ``patch_layers``: for EfficientNet-Lite0, as in :class:`CnnTeacher`. ``image_size``: square size, in pixels,
+    that the teacher sees; default: the student's.
     """
 
     kind: Literal["transformers", "efficientnet-lite0", "tetra"]
@@ -321,7 +380,7 @@ def create_teacher(config: TeacherConfig, base_dir: Path | None = None) -> Teach
     if base_dir is not None and name and (base_dir / name).exists():
         name = str(base_dir / name)
     if config.kind == "transformers":
-        return TransformersTeacher(name)
+        return transformers_teacher(name)
     if config.kind == "tetra":
         return TetraTeacher(name)
     return efficientnet_lite0_teacher(config.patch_layers)

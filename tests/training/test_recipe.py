@@ -1,0 +1,209 @@
+"""Recipes: read strictly, and run from images to a packed file."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tetra.config import model_config
+from tetra.errors import ConfigError, DatasetError, TetraError
+from tetra.files import load, load_trainable
+from tetra.images import load_image
+from tetra.training.loop import read_log
+from tetra.training.recipe import Recipe, load_recipe, run_recipe
+
+TINY = {
+    "width": 32,
+    "depth": 2,
+    "n_heads": 2,
+    "head_dim": 16,
+    "mlp_dim": 48,
+    "image_size": [32, 32],
+    "patch_size": 8,
+    "stem": "patch",
+    "stem_channels": [],
+}
+
+
+@pytest.fixture
+def recipe(pictures: Path, tetra_teacher_file: Path) -> dict[str, Any]:
+    loop = {"accumulate": 1, "checkpoint_every": 3, "log_every": 1, "precision": "32-true", "threads": 1}
+    return {
+        "name": "tiny",
+        "arch": "nano",
+        "head": "mixvpr",
+        "description": "for a test",
+        "head_options": {"grid": [4, 4], "out_channels": 16, "out_rows": 4, "mix_depth": 1},
+        "backbone": TINY,
+        "data_dir": str(pictures),
+        "teacher": {"kind": "tetra", "name": str(tetra_teacher_file)},
+        "distill": {
+            "folders": ["one", "two"],
+            "max_steps": 4,
+            "batch_size": 4,
+            "attention_layers": 2,
+            "loop": {**loop, "validate_every": 2},
+        },
+        "finetune": {
+            "sources": [{"kind": "video", "folder": ".", "window": 3, "stride": 3}],
+            "places_per_batch": 3,
+            "images_per_place": 2,
+            "max_steps": 4,
+            "initialize_head": 8,
+            "augment": {"shift": 0.02},
+            "loop": loop,
+        },
+        "probe": {"folders": ["two"], "max_frames": 8},
+        "export": {"rest_dtype": "float16"},
+    }
+
+
+def test_a_recipe_makes_a_packed_model(recipe: dict[str, Any], pictures: Path, tmp_path: Path) -> None:
+    path = run_recipe(recipe, tmp_path, progress=False)
+    assert path == tmp_path / "model.safetensors"
+    packed, trained = load(path), load_trainable(tmp_path / "trained.safetensors")
+    assert packed.is_packed
+    assert packed.config.arch == "tiny"
+    assert packed.n_bits == 64
+    assert packed.info["recipe"] == "tiny"
+    assert packed.info["description"] == "for a test"
+    # The trained weights were rounded before packing, so that both give the same codes.
+    images = torch.stack([load_image(p, (32, 32)) for p in sorted((pictures / "one").iterdir())])
+    assert torch.equal(packed.describe(images), trained.describe(images))
+    assert all(p.dtype == torch.float16 for p in packed.parameters())
+    for name, parameter in trained.named_parameters():
+        assert torch.equal(parameter, parameter.half().float()), name
+
+    log = json.loads((tmp_path / "log.json").read_text())
+    assert log["recipe"] == "tiny"
+    assert log["content_hash"] == packed.content_hash
+    assert log["teacher"]["kind"] == "TetraTeacher"
+    for stage in ("distill", "finetune"):
+        assert set(log[stage]) == {"recall_float", "recall_binary"}
+        assert all(0.0 <= v <= 100.0 for v in log[stage].values())
+        assert len([row for row in log["curves"][stage] if "loss" in row]) == 4
+    validated = [row["step"] for row in log["curves"]["distill"] if "recall_float" in row]
+    assert validated == [2, 4]
+    with Image.open(tmp_path / "curves.png") as curves:
+        assert curves.format == "PNG"
+    again = json.loads((tmp_path / "recipe.json").read_text())
+    assert again["distill"]["max_steps"] == 4
+    assert load_recipe(again) == load_recipe(recipe)
+    with (tmp_path / "distill" / "csv" / "part0" / "metrics.csv").open(newline="") as stream:
+        assert {"step", "loss", "cls", "patch", "attention", "lambda"} <= set(next(csv.reader(stream)))
+
+
+def test_a_finished_run_repeats_nothing_and_gives_the_same(recipe: dict[str, Any], tmp_path: Path) -> None:
+    run_recipe(recipe, tmp_path, progress=False)
+    first = (tmp_path / "model.safetensors").read_bytes()
+    run_recipe(recipe, tmp_path, resume=True, progress=False)
+    assert (tmp_path / "model.safetensors").read_bytes() == first
+    assert len([row for row in read_log(tmp_path / "distill") if "loss" in row]) == 4
+
+
+def test_one_stage_alone(recipe: dict[str, Any], tmp_path: Path) -> None:
+    only_distill = {k: v for k, v in recipe.items() if k not in ("finetune", "probe")}
+    run_recipe(only_distill, tmp_path / "a", progress=False)
+    assert not (tmp_path / "a" / "finetune").exists()
+    only_finetune = {k: v for k, v in recipe.items() if k not in ("distill", "teacher", "probe")}
+    run_recipe(only_finetune, tmp_path / "b", progress=False)
+    assert not (tmp_path / "b" / "distill").exists()
+    assert load(tmp_path / "b" / "model.safetensors").is_packed
+
+
+def test_the_data_folder_can_be_given(recipe: dict[str, Any], pictures: Path, tmp_path: Path) -> None:
+    recipe["data_dir"] = "/nowhere"
+    with pytest.raises(DatasetError, match="/nowhere"):
+        run_recipe(recipe, tmp_path / "a", progress=False)
+    run_recipe({k: v for k, v in recipe.items() if k != "finetune"}, tmp_path / "b", data_dir=pictures, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value", "words"),
+    [
+        ((), "distil", {}, r"unknown key 'distil'; did you mean 'distill'\?"),
+        (("distill",), "batchsize", 3, r"distill: unknown key 'batchsize'; did you mean 'batch_size'\?"),
+        (("distill", "loop"), "acumulate", 2, r"distill: loop: unknown key 'acumulate'; did you mean 'accumulate'\?"),
+        (("distill",), "lr", "fast", r"distill: 'lr' is 'fast', expected float"),
+        (("distill",), "lambda_schedule", "steps", "'lambda_schedule' is 'steps'"),
+        (("distill",), "views", 0, "'views' and 'batch_size' must be at least 1"),
+        (("finetune", "augment"), "blurr", 1, r"finetune: augment: unknown key 'blurr'; did you mean 'blur'\?"),
+        (("teacher",), "kind", "resnet", "teacher: 'kind' is 'resnet'"),
+        (("export",), "rest_dtype", "int8", "'rest_dtype' is 'int8'"),
+        (("finetune",), "sources", "one", "'sources' is 'one', expected a list"),
+        (("finetune",), "sources", [{"kind": "video", "foldr": "x"}], r"sources\[0\]: unknown key 'foldr'.*'folder'"),
+        (("finetune",), "sources", [{"kind": "video"}], r"sources\[0\]: missing key 'folder'"),
+        (("backbone",), "wdth", 3, r"unknown key 'wdth'; did you mean 'width'\?"),
+        (("head_options",), "grids", [4, 4], "unknown option 'grids'"),
+        ((), "arch", "nanno", "unknown architecture 'nanno'"),
+        ((), "head", "boc", "unknown head 'boc'"),
+        ((), "teacher", None, "'distill' needs a 'teacher'"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    where: tuple[str, ...], key: str, value: object, words: str, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    section = recipe
+    for name in where:
+        section = section[name]
+    section[key] = value
+    with pytest.raises(ConfigError, match=words) as caught:
+        run_recipe(recipe, tmp_path / "run", progress=False)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("run/**/*.safetensors"))
+
+
+def test_a_recipe_with_nothing_to_train(recipe: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither 'distill' nor 'finetune'"):
+        run_recipe({"name": "x", "arch": "nano", "head": "gem"}, tmp_path)
+
+
+def test_recipes_from_files(recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert load_recipe(path) == load_recipe(str(path)) == load_recipe(recipe)
+    path.write_text("name: [")
+    with pytest.raises(ConfigError, match=r"tiny\.yaml: not valid YAML") as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+    path.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        load_recipe(path)
+    path.write_text("")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        load_recipe(path)
+    path.write_bytes(b"\xff\xfe\x00name")
+    with pytest.raises(ConfigError, match=r"tiny\.yaml"):
+        load_recipe(path)
+    with pytest.raises(ConfigError, match=r"missing\.yaml: recipe can't be read"):
+        load_recipe(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match=r"tiny: recipe can't be read|tiny.*no such file"):
+        load_recipe(tmp_path / "tiny")
+    with pytest.raises(ConfigError, match=r"recipe 'mega': no such file and not a shipped recipe; shipped: .*nano"):
+        load_recipe("mega")
+
+
+def test_an_output_folder_that_can_not_be_made(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TetraError, match="file"):
+        run_recipe(recipe, tmp_path / "file" / "run", progress=False)
+
+
+def test_the_shipped_recipe_is_valid_and_makes_nano() -> None:
+    nano = load_recipe("nano")
+    assert isinstance(nano, Recipe)
+    assert nano.model().backbone == model_config("nano", nano.head).backbone
+    assert nano.distill is not None
+    assert nano.finetune is not None
+    assert nano.probe is not None
+    # What the probe measures on takes no part in the training of either stage.
+    assert set(nano.probe.folders) == set(nano.distill.exclude)
+    left_out = {f"{s.folder}/{name}" for s in nano.finetune.sources for name in s.exclude}
+    assert left_out == set(nano.probe.folders)

@@ -1,0 +1,154 @@
+"""A training killed in mid-run and resumed ends with the weights of an uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tetra.training.checkpoint import load_checkpoint
+from tetra.training.loop import CHECKPOINT, read_log
+from tetra.training.recipe import run_recipe
+
+N_STEPS = 40
+RUN = """
+import json, sys
+from tetra.training.recipe import run_recipe
+
+run_recipe(json.loads(sys.argv[1]), sys.argv[2], resume=True, progress=False)
+"""
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL is a POSIX signal")
+
+
+@pytest.fixture
+def recipe(pictures: Path, tetra_teacher_file: Path) -> dict[str, Any]:
+    loop = {"accumulate": 2, "checkpoint_every": 3, "log_every": 1, "threads": 1}
+    return {
+        "name": "tiny",
+        "arch": "nano",
+        "head": "mixvpr",
+        "head_options": {"grid": [4, 4], "out_channels": 16, "out_rows": 4, "mix_depth": 1},
+        "backbone": {
+            "width": 32,
+            "depth": 2,
+            "n_heads": 2,
+            "head_dim": 16,
+            "mlp_dim": 48,
+            "image_size": [32, 32],
+            "patch_size": 8,
+            "stem": "patch",
+            "stem_channels": [],
+            "dropout": 0.1,
+            "embedding_dropout": 0.1,
+        },
+        "data_dir": str(pictures),
+        "teacher": {"kind": "tetra", "name": str(tetra_teacher_file)},
+        "distill": {
+            "folders": ["one", "two"],
+            "views": 2,
+            "max_steps": N_STEPS,
+            "batch_size": 5,
+            "attention_layers": 2,
+            "lr": 2e-3,
+            "sizes": [[0.0, 16], [0.5, 32]],
+            "attention_weight": 0.0,
+            "loop": {**loop, "validate_every": 7, "clip": 1.0},
+        },
+        "finetune": {
+            "sources": [{"kind": "video", "folder": ".", "window": 3, "stride": 3}],
+            "places_per_batch": 3,
+            "images_per_place": 2,
+            "max_steps": N_STEPS,
+            "lr": 1e-3,
+            "initialize_head": 8,
+            "augment": {},
+            "loop": loop,
+        },
+        "probe": {"folders": ["two"], "max_frames": 6},
+    }
+
+
+def kill_behind_a_checkpoint(recipe: dict[str, Any], out: Path, checkpoint: Path) -> int:
+    """Run the recipe in a process of its own, kill it once ``checkpoint`` lies there; the checkpoint's step."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN, json.dumps(recipe), str(out)], env=environment, stderr=subprocess.PIPE
+    ) as process:
+        deadline = time.monotonic() + 300
+        while not checkpoint.exists():
+            assert process.stderr is not None
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline, "no checkpoint within five minutes"
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    return int(load_checkpoint(checkpoint)["global_step"])
+
+
+def test_killed_and_resumed_in_both_stages(recipe: dict[str, Any], tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for stage in ("distill", "finetune"):
+        step = kill_behind_a_checkpoint(recipe, killed, killed / stage / CHECKPOINT)
+        assert 0 < step < N_STEPS
+        assert not (killed / "model.safetensors").exists()
+    assert not (killed / "finetune" / "csv" / "part1").exists()
+    # The last resumption and the uninterrupted run, here.
+    run_recipe(recipe, killed, resume=True, progress=False)
+    torch.manual_seed(1234)
+    run_recipe(recipe, whole, progress=False)
+
+    for name in ("trained.safetensors", "model.safetensors"):
+        expected, found = load_file(whole / name), load_file(killed / name)
+        assert expected.keys() == found.keys()
+        for key in expected:
+            assert torch.equal(expected[key], found[key]), f"{name}: {key}"
+    for stage in ("distill", "finetune"):
+        expected_log, found_log = read_log(whole / stage), read_log(killed / stage)
+        assert [row["step"] for row in found_log] == [row["step"] for row in expected_log]
+        for a, b in zip(expected_log, found_log, strict=True):
+            assert a.get("loss") == b.get("loss")
+            assert a.get("recall_binary") == b.get("recall_binary")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_resumed_from_every_checkpoint(cached: bool, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Stopped by an error behind any step, also within the accumulation of a step."""
+    recipe = {k: v for k, v in recipe.items() if k not in ("finetune", "probe")}
+    recipe["distill"] = {**recipe["distill"], "max_steps": 6, "cache_teacher": cached}
+    recipe["distill"]["loop"] = {**recipe["distill"]["loop"], "checkpoint_every": 1, "validate_every": 0}
+    run_recipe(recipe, tmp_path / "whole", progress=False)
+    expected = load_file(tmp_path / "whole" / "trained.safetensors")
+
+    from tetra.training.distill import DistillModule
+
+    class Stop(Exception):
+        pass
+
+    original = DistillModule.loss
+    for calls in (3, 6, 11):
+        out, seen = tmp_path / str(calls), 0
+
+        def stopping(self: DistillModule, batch: Any, progress: float, limit: int = calls) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen > limit:
+                raise Stop
+            return original(self, batch, progress)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DistillModule, "loss", stopping)
+            with pytest.raises(Stop):
+                run_recipe(recipe, out, progress=False)
+        run_recipe(recipe, out, resume=True, progress=False)
+        found = load_file(out / "trained.safetensors")
+        assert all(torch.equal(expected[key], found[key]) for key in expected), calls
