@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# The models here are tiny: a second thread only waits for the first, in this process and in those it starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

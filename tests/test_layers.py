@@ -184,9 +184,7 @@ ACTIONS: dict[str, Callable[[TetraModel, float], object]] = {
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=st.lists(st.tuples(st.sampled_from(sorted(ACTIONS)), st.floats(0, 1)), max_size=8))
-def test_modes_in_any_order_leave_the_weights_alone(
-    actions: list[tuple[str, float]], tiny_config: ModelConfig
-) -> None:
+def test_modes_in_any_order_leave_the_weights_alone(actions: list[tuple[str, float]], tiny_config: ModelConfig) -> None:
     torch.manual_seed(3)
     model = TetraModel(tiny_config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -27,7 +27,9 @@ KINDS = sorted(HEADS)
 
 
 def make(kind: str = "mixvpr", stem: str = "patch") -> TetraModel:
-    backbone = replace(TINY, stem="conv", stem_channels=(8, 16, 24), full_precision_blocks=0) if stem == "conv" else TINY
+    backbone = (
+        replace(TINY, stem="conv", stem_channels=(8, 16, 24), full_precision_blocks=0) if stem == "conv" else TINY
+    )
     return TetraModel(ModelConfig("tiny", backbone, HeadConfig(kind, HEADS[kind])))  # type: ignore[arg-type]
 
 

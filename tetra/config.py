@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ def _type_matches(value: object, annotation: Any) -> bool:
     if annotation is Any:
         return True
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if annotation is type(None):
@@ -80,7 +81,7 @@ def from_dict(cls: type[T], data: object, where: str) -> T:
             wanted = getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
             if typing.get_args(annotation):
                 wanted = str(annotation).replace("typing.", "")
-            raise ConfigError(f"{where}: '{key}' is {value!r}, expected {wanted}")
+            raise ConfigError(f"{where}: '{key}' is {value!r}, expected {wanted}{_number_hint(value)}")
         kwargs[key] = value
     missing = [
         n
@@ -89,7 +90,32 @@ def from_dict(cls: type[T], data: object, where: str) -> T:
     ]
     if missing:
         raise ConfigError(f"{where}: missing key '{missing[0]}'; add it")
-    return cls(**kwargs)
+    try:
+        return cls(**kwargs)
+    except ConfigError as error:  # the class knows its section, only we know the file
+        section = where.rpartition(": ")[2]
+        raise ConfigError(f"{where}: {str(error).removeprefix(f'{section}: ')}") from None
+
+
+def _number_hint(value: object) -> str:
+    """YAML 1.1 takes 1e-3 for text: only a mantissa with a point makes it a number."""
+    try:
+        return f"; write {float(value):.1e}, with a point, for YAML to see a number" if isinstance(value, str) else ""
+    except ValueError:
+        return ""
+
+
+def check_range(where: str, config: object, names: str, low: float, high: float = math.inf) -> None:
+    """Refuse a field of ``config`` outside [low, high]; ``names`` lists the fields, separated by spaces.
+
+    Raises:
+        ConfigError: names the field, its value and the range.
+    """
+    for name in names.split():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            wanted = f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
+            raise ConfigError(f"{where}: '{name}' is {value!r}, expected {wanted}")
 
 
 def _positive(where: str, **values: int) -> None:

@@ -18,6 +18,7 @@ A model file is one safetensors file. Its tensors are the model's ``state_dict``
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from tetra import __version__
 from tetra.config import ModelConfig
-from tetra.errors import FileFormatError, TetraError
+from tetra.errors import ConfigError, FileFormatError, TetraError
 from tetra.kernels import check_packed
 from tetra.layers import PackedTernaryLinear
 from tetra.model import TetraModel
@@ -95,6 +96,26 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def writing_into(folder: str | Path) -> Iterator[None]:
+    """Name the folder when a library's own writing (logs, tables) finds the disk full.
+
+    Raises:
+        TetraError: no space is left, a quota is used up, or a file would exceed its limit.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise TetraError(
+            f"{error.filename or folder}: can't be written: {error.strerror}; free space or choose another folder"
+        ) from error
+
+
 def write_json(path: str | Path, value: object) -> None:
     """Write ``value`` as indented JSON, atomically; NaN and infinity are refused, since JSON has neither."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
@@ -133,10 +154,17 @@ def save(model: TetraModel, path: str | Path, *, overwrite: bool = True) -> None
     file for :func:`load_trainable`.
 
     Raises:
-        TetraError: the file exists and ``overwrite`` is off, or it can't be written; the old file stays.
+        TetraError: the file exists and ``overwrite`` is off, it can't be written, or a tensor has NaN or infinite
+            values, which :func:`load` would refuse; the old file stays.
     """
     path = check_output(path, overwrite=overwrite)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise TetraError(
+                f"{path}: not written, tensor '{name}' has NaN or infinite values in {tensor.dtype}; train again with "
+                "a lower learning rate, or pack to a dtype with a wider range"
+            )
     config = json.loads(_canonical(model.config.to_dict()))
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -255,7 +283,7 @@ def read_header(name_or_path: str | Path) -> Header:
     if kind not in (PACKED_KIND, TRAINABLE_KIND):
         raise FileFormatError(f"{path}: holds a '{kind}', expected '{PACKED_KIND}'; name a model file")
     claimed = header.pop("header_hash", None)
-    if hashlib.sha256(_canonical(header)).hexdigest() != claimed:
+    if hashlib.sha256(_canonical(header)).hexdigest() != claimed or not isinstance(header.get("content_hash"), str):
         raise FileFormatError(f"{path}: the header was altered (its hash does not match); {_AGAIN}")
     try:
         tensor_bytes = {k: int(v["data_offsets"][1]) - int(v["data_offsets"][0]) for k, v in parsed.items()}
@@ -322,7 +350,10 @@ def _load(name_or_path: str | Path, kind: str, device: torch.device | str | None
             f"{path}: the content was altered: its hash is {found[:12]}..., the header says "
             f"{header.content_hash[:12]}...; {_AGAIN}"
         )
-    model = TetraModel(header.config, packed=kind == PACKED_KIND)
+    try:
+        model = TetraModel(header.config, packed=kind == PACKED_KIND)
+    except ConfigError as error:  # an option of the head, which only the head knows
+        raise ConfigError(f"{path}: config: {error}") from None
     _check_tensors(path, model, tensors)
     model.load_state_dict(tensors, assign=True)
     model.content_hash, model.info = header.content_hash, header.info

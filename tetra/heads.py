@@ -37,8 +37,9 @@ class _MultiheadAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         b, n_queries, width = x.shape
-        q = self.query(x).reshape(b, n_queries, self.n_heads, -1).transpose(1, 2)
-        k, v = self.key_value(memory).reshape(b, memory.shape[1], 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        dim = width // self.n_heads
+        q = self.query(x).reshape(b, n_queries, self.n_heads, dim).transpose(1, 2)
+        k, v = self.key_value(memory).reshape(b, memory.shape[1], 2, self.n_heads, dim).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n_queries, width)
         y = self.out(y)
         return y
@@ -265,7 +266,9 @@ def resample(feature_map: Tensor, grid: tuple[int, int]) -> Tensor:
         return feature_map
     if all(s % g == 0 for s, g in zip(feature_map.shape[-2:], grid, strict=True)):
         return F.adaptive_avg_pool2d(feature_map, grid)
-    return F.interpolate(feature_map, size=grid, mode="bilinear", antialias=True, align_corners=False)
+    # In float32: PyTorch's antialiased filter has no bfloat16 on CPUs.
+    resized = F.interpolate(feature_map.float(), size=grid, mode="bilinear", antialias=True, align_corners=False)
+    return resized.to(feature_map.dtype)
 
 
 class GeM(Head):

@@ -86,7 +86,8 @@ class TernaryLinear(nn.Linear):
         """[..., in_features] -> [..., out_features].
 
         Raises:
-            ValueError: in ``eval()`` at lambda 1, the weight or the input has NaN or infinite values.
+            ValueError: the weight has NaN or infinite values, in any mode, or in ``eval()`` at lambda 1 the input
+                has; the message names the layer.
         """
         if not self.training and self.lam == 1.0:
             twin = self._twin()
@@ -95,6 +96,8 @@ class TernaryLinear(nn.Linear):
                 exact: Tensor = _ExactStraightThrough.apply(x, self.weight, self.bias, twin)
                 return exact
             return twin(x)
+        if not torch.isfinite(self.weight).all():
+            raise ValueError(f"layer '{self.layer_name or 'TernaryLinear'}': the weight has NaN or infinite values")
         return F.linear(blend_activation(x, self.lam), blend_weight(self.weight, self.lam), self.bias)
 
     def _twin(self) -> PackedTernaryLinear:

@@ -129,7 +129,8 @@ class TetraModel(KeepsFloat32):
     def describe(self, images: Tensor) -> Tensor:
         """Binary descriptors: bit = (value > 0), most significant first.
 
-        Computed in evaluation mode whatever the model's mode, which is left as it was.
+        Computed in evaluation mode whatever the model's mode, which is left as it was. Several threads may share
+        a packed model, or one in evaluation mode; a model in training mode only one, since its mode changes here.
 
         Args:
             images: as in :meth:`forward`.

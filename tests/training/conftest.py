@@ -44,6 +44,11 @@ def draw_pictures(folder: Path, n: int, height: int = 40, width: int = 48, start
     return paths
 
 
+@pytest.fixture(scope="session", name="draw_pictures")
+def _draw_pictures() -> Callable[..., list[Path]]:
+    return draw_pictures
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 24 pictures, 12 in each of two subfolders."""

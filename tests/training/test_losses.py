@@ -69,9 +69,7 @@ def test_mean_head_logits_of_strided_projections() -> None:
     ("student", "teacher"),
     [([(1, 5, 5)], [(1, 6, 6)]), ([(1, 5, 5)], []), ([(1, 5, 5)], [(1, 5, 5), (1, 5, 5)])],
 )
-def test_maps_that_do_not_fit_are_refused(
-    student: list[tuple[int, ...]], teacher: list[tuple[int, ...]]
-) -> None:
+def test_maps_that_do_not_fit_are_refused(student: list[tuple[int, ...]], teacher: list[tuple[int, ...]]) -> None:
     with pytest.raises(TrainingError, match=r"attention loss: .*\(1, 5, 5\).*same number of patches"):
         attention_loss([torch.zeros(s) for s in student], [torch.zeros(t) for t in teacher])
 

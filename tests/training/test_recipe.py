@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from pathlib import Path
@@ -41,7 +42,7 @@ def recipe(pictures: Path, tetra_teacher_file: Path) -> dict[str, Any]:
         "head": "mixvpr",
         "description": "for a test",
         "head_options": {"grid": [4, 4], "out_channels": 16, "out_rows": 4, "mix_depth": 1},
-        "backbone": TINY,
+        "backbone": copy.deepcopy(TINY),
         "data_dir": str(pictures),
         "teacher": {"kind": "tetra", "name": str(tetra_teacher_file)},
         "distill": {
@@ -133,7 +134,7 @@ def test_the_data_folder_can_be_given(recipe: dict[str, Any], pictures: Path, tm
         (("distill", "loop"), "acumulate", 2, r"distill: loop: unknown key 'acumulate'; did you mean 'accumulate'\?"),
         (("distill",), "lr", "fast", r"distill: 'lr' is 'fast', expected float"),
         (("distill",), "lambda_schedule", "steps", "'lambda_schedule' is 'steps'"),
-        (("distill",), "views", 0, "'views' and 'batch_size' must be at least 1"),
+        (("distill",), "views", 0, r"distill: 'views' is 0, expected at least 1"),
         (("finetune", "augment"), "blurr", 1, r"finetune: augment: unknown key 'blurr'; did you mean 'blur'\?"),
         (("teacher",), "kind", "resnet", "teacher: 'kind' is 'resnet'"),
         (("export",), "rest_dtype", "int8", "'rest_dtype' is 'int8'"),

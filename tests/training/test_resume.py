@@ -8,18 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from tetra.model import TetraModel
 from tetra.training.checkpoint import load_checkpoint
-from tetra.training.loop import CHECKPOINT, read_log
+from tetra.training.distill import DistillConfig, distill
+from tetra.training.loop import CHECKPOINT, LoopConfig, read_log
 from tetra.training.recipe import run_recipe
+from tetra.training.teachers import TeacherOutput, TetraTeacher
 
-N_STEPS = 40
+N_STEPS = 60
 RUN = """
 import json, sys
 from tetra.training.recipe import run_recipe
@@ -120,35 +125,62 @@ def test_killed_and_resumed_in_both_stages(recipe: dict[str, Any], tmp_path: Pat
             assert a.get("recall_binary") == b.get("recall_binary")
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_resumed_from_every_checkpoint(cached: bool, recipe: dict[str, Any], tmp_path: Path) -> None:
-    """Stopped by an error behind any step, also within the accumulation of a step."""
-    recipe = {k: v for k, v in recipe.items() if k not in ("finetune", "probe")}
-    recipe["distill"] = {**recipe["distill"], "max_steps": 6, "cache_teacher": cached}
-    recipe["distill"]["loop"] = {**recipe["distill"]["loop"], "checkpoint_every": 1, "validate_every": 0}
-    run_recipe(recipe, tmp_path / "whole", progress=False)
-    expected = load_file(tmp_path / "whole" / "trained.safetensors")
+class Stop(Exception):
+    """Ends a training at a chosen moment."""
 
-    from tetra.training.distill import DistillModule
 
-    class Stop(Exception):
-        pass
+class StoppingTeacher(TetraTeacher):
+    """Teaches a number of batches."""
 
-    original = DistillModule.loss
-    for calls in (3, 6, 11):
-        out, seen = tmp_path / str(calls), 0
+    n_batches = 1 << 30
 
-        def stopping(self: DistillModule, batch: Any, progress: float, limit: int = calls) -> Any:
-            nonlocal seen
-            seen += 1
-            if seen > limit:
-                raise Stop
-            return original(self, batch, progress)
+    def forward(self, images: Tensor, n_attention: int = 0) -> TeacherOutput:
+        if self.n_batches == 0:
+            raise Stop
+        self.n_batches -= 1
+        return super().forward(images, n_attention)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(DistillModule, "loss", stopping)
-            with pytest.raises(Stop):
-                run_recipe(recipe, out, progress=False)
-        run_recipe(recipe, out, resume=True, progress=False)
-        found = load_file(out / "trained.safetensors")
-        assert all(torch.equal(expected[key], found[key]) for key in expected), calls
+
+@pytest.mark.parametrize("stop", [3, 6, 11])
+def test_stopped_before_any_batch(
+    stop: int, pictures: Path, tetra_teacher_file: Path, make_student: Callable[..., TetraModel], tmp_path: Path
+) -> None:
+    """Also between the two batches that one step accumulates."""
+    loop = LoopConfig(accumulate=2, checkpoint_every=1, threads=1)
+    config = DistillConfig((str(pictures),), max_steps=6, batch_size=5, attention_layers=2, loop=loop)
+    teacher = StoppingTeacher(str(tetra_teacher_file))
+    expected = make_student()
+    distill(expected, teacher, config, tmp_path / "whole", progress=False)
+    teacher.n_batches = stop
+    with pytest.raises(Stop):
+        distill(make_student(), teacher, config, tmp_path / "run", progress=False)
+    assert load_checkpoint(tmp_path / "run" / CHECKPOINT)["global_step"] == stop // 2
+    teacher.n_batches = 12 - stop // 2 * 2  # what is left, and no more
+    model = make_student()
+    distill(model, teacher, config, tmp_path / "run", resume=True, progress=False)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_stopped_with_a_cached_teacher(
+    pictures: Path, tetra_teacher_file: Path, make_student: Callable[..., TetraModel], tmp_path: Path
+) -> None:
+    loop = LoopConfig(accumulate=1, checkpoint_every=2, validate_every=3, threads=1)
+    config = DistillConfig(
+        (str(pictures),), views=2, max_steps=6, batch_size=5, cache_teacher=True, attention_weight=0.0, loop=loop
+    )
+    teacher = StoppingTeacher(str(tetra_teacher_file))
+    expected = make_student()
+    distill(expected, teacher, config, tmp_path / "whole", progress=False)
+
+    def stop() -> dict[str, float]:
+        raise Stop
+
+    with pytest.raises(Stop):
+        distill(make_student(), teacher, config, tmp_path / "run", validate=stop, progress=False)
+    assert load_checkpoint(tmp_path / "run" / CHECKPOINT)["global_step"] == 2
+    teacher.n_batches = 0  # all its outputs are on disk
+    model = make_student()
+    distill(model, teacher, config, tmp_path / "run", resume=True, progress=False)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name

@@ -229,7 +229,7 @@ def test_efficientnet_lite0() -> None:
     torch.testing.assert_close(teacher(images).cls, pooled, rtol=1e-3, atol=1e-3)
     two = efficientnet_lite0_teacher(("_blocks.10", "_blocks.15"))
     assert two.patch_dim == 112 + 320
-    with pytest.raises(ConfigError, match="no layer '_blocks.99'"):
+    with pytest.raises(ConfigError, match=r"no layer '_blocks\.99'"):
         efficientnet_lite0_teacher(("_blocks.99",))
 
 
@@ -284,9 +284,7 @@ def test_a_teacher_narrower_as_wide_or_wider(
     batch = {"images": torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)}
     losses = module.loss(batch, 0.5)
     losses["loss"].backward()
-    optimised = {
-        id(p) for group in module.configure_optimizers()["optimizer"].param_groups for p in group["params"]
-    }  # type: ignore[index]
+    optimised = {id(p) for group in module.configure_optimizers()["optimizer"].param_groups for p in group["params"]}  # type: ignore[index]
     for projection in (module.project_cls, module.project_patches):
         if not projected:
             assert isinstance(projection, nn.Identity)

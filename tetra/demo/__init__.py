@@ -26,5 +26,7 @@ def run_demo(out_dir: str | Path, *, seed: int = 0, fast: bool = False, model: s
         TetraError: a package of the extra ``demo`` is missing, or the model or the folder can't be used.
     """
     from tetra.demo.steps import run
+    from tetra.files import writing_into
 
-    return run(Path(out_dir), seed=seed, fast=fast, model_name=model)
+    with writing_into(out_dir):
+        return run(Path(out_dir), seed=seed, fast=fast, model_name=model)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tetra.config import check_range
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -49,6 +51,10 @@ class AugmentConfig:
     low_resolution: float = 0.35
     noise: float = 0.35
     erase: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_range("augment", self, "shift zoom rotation_deg shear perspective brightness contrast gamma hue", 0)
+        check_range("augment", self, "mirror saturation shade grey blur low_resolution noise erase", 0, 1)
 
 
 def _uniform(n: int, limit: float, device: torch.device) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tetra.files import atomic_write
+
 
 def plot_curves(stages: dict[str, list[dict[str, float]]], path: Path) -> None:
     """One row of panels a stage: loss and its parts, lambda and learning progress, recall of the probe.
@@ -33,6 +35,5 @@ def plot_curves(stages: dict[str, list[dict[str, float]]], path: Path) -> None:
             axis.grid(alpha=0.3)
             if axis.lines:
                 axis.legend(fontsize=8)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=110)
-    temporary.replace(path)
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=110, format="png")

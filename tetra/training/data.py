@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,20 @@ class ViewDataset(Dataset[dict[str, Any]]):
         return sha256(repr((facts, self.size, self.views, self.seed, self.min_scale)).encode()).hexdigest()
 
 
+def _reserve(path: Path) -> None:
+    """Claim a file's disk blocks now: a full disk behind a memory map kills the process without a word."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink()
+        raise TrainingError(
+            f"{path}: the teacher's cache can't be written: {error.strerror}; free space or choose another folder"
+        ) from error
+
+
 class CachedViews(Dataset[dict[str, Any]]):
     """Views with the teacher's outputs for them, computed once and kept on disk as memory-mapped arrays.
 
@@ -170,6 +185,7 @@ class CachedViews(Dataset[dict[str, Any]]):
                 shape = (n, *value.shape[1:])
                 if start == 0:
                     array = open_memmap(path, "w+", dtype=value.cpu().numpy().dtype, shape=shape)
+                    _reserve(path)
                 else:
                     array = open_memmap(path, "r+")
                 self._arrays[name] = array

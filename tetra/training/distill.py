@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tetra.config import check_range
 from tetra.errors import ConfigError
 from tetra.layers import set_lambda
 from tetra.model import TetraModel
@@ -66,8 +67,12 @@ class DistillConfig:
                 raise ConfigError(f"distill: 'sizes' has ({progress}, {side}), expected 0 <= progress < 1, side > 0")
         if self.sizes and min(p for p, _ in self.sizes) > 0.0:
             raise ConfigError("distill: 'sizes' must say which size to begin with, at progress 0")
-        if self.views < 1 or self.batch_size < 1:
-            raise ConfigError("distill: 'views' and 'batch_size' must be at least 1")
+        check_range("distill", self, "views batch_size", 1)
+        check_range("distill", self, "min_scale warmup_fraction", 0, 1)
+        check_range("distill", self, "epochs max_steps lr weight_decay attention_layers", 0)
+        check_range("distill", self, "cls_weight patch_weight attention_weight", 0)
+        if not (self.epochs or self.max_steps):
+            raise ConfigError("distill: 'epochs' is 0, expected a positive number unless 'max_steps' is given")
 
 
 def _projection(student_dim: int, teacher_dim: int) -> nn.Module:
@@ -103,6 +108,11 @@ class DistillModule(StageModule):
         self._teacher = (teacher,)  # in a tuple: neither trained nor saved
         self.lr, self.weight_decay = config.lr, config.weight_decay
         self.n_attention = config.attention_layers if config.attention_weight and teacher.gives_attention else 0
+        if self.n_attention > len(model.backbone.blocks):
+            raise ConfigError(
+                f"distill: 'attention_layers' is {self.n_attention}, but the student has only "
+                f"{len(model.backbone.blocks)} blocks; lower it"
+            )
 
     def lr_factor(self, step: int) -> float:
         return warmup_cosine(step, self.n_steps, self.config.warmup_fraction)

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tetra.errors import ConfigError
+from tetra.config import check_range
+from tetra.errors import ConfigError, DatasetError
 from tetra.heads import MixVPR
 from tetra.layers import set_lambda
 from tetra.model import TetraModel
@@ -42,13 +43,23 @@ class PlaceSource:
     window: int = 4
     stride: int = 16
 
+    def __post_init__(self) -> None:
+        check_range("source", self, "window stride", 1)
+
     def places(self, base_dir: Path) -> list[Place]:
-        """The places; see the functions of :mod:`tetra.training.data` for errors."""
+        """The places; see the functions of :mod:`tetra.training.data` for errors.
+
+        Raises:
+            DatasetError: an excluded folder does not exist.
+        """
         folder = base_dir / self.folder
         if self.kind == "gsv-cities":
             return gsv_cities_places(folder, self.cities)
         found = video_places(folder, self.window, self.stride) if self.kind == "video" else photo_places(folder)
         left_out = [folder / name for name in self.exclude]
+        missing = next((f for f in left_out if not f.is_dir()), None)
+        if missing is not None:
+            raise DatasetError(f"{missing}: excluded from training but not there; check the path")
         return [p for p in found if not any(p.paths[0].is_relative_to(f) for f in left_out)]
 
 
@@ -92,6 +103,11 @@ class FinetuneConfig:
             raise ConfigError("finetune: 'sources' is empty; name at least one folder with places")
         if self.places_per_batch < 2 or self.images_per_place < 2:
             raise ConfigError("finetune: a batch needs at least 2 places with 2 images each")
+        check_range("finetune", self, "min_scale", 0, 1)
+        check_range("finetune", self, "epochs max_steps lr weight_decay warmup_epochs gamma", 0)
+        check_range("finetune", self, "trainable_blocks initialize_head", 0)
+        if not (self.epochs or self.max_steps):
+            raise ConfigError("finetune: 'epochs' is 0, expected a positive number unless 'max_steps' is given")
 
 
 class FinetuneModule(StageModule):

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tetra.config import check_range
 from tetra.errors import TrainingError
 from tetra.training.checkpoint import SafetensorsCheckpointIO, load_checkpoint
 from tetra.training.data import StepSampler, has_bfloat16
@@ -52,6 +53,11 @@ class LoopConfig:
     workers: int = 0
     threads: int = 0
     clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range("loop", self, "accumulate checkpoint_every log_every", 1)
+        check_range("loop", self, "validate_every workers threads clip", 0)
+        check_range("loop", self, "seed", 0, 2**63 - 1)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -243,10 +249,11 @@ def _quiet() -> None:
         ".*save_dir.*",
         ".*Found .* module.s. in eval mode.*",
         ".*TensorBoard.*",
+        ".*dataloader is not resumable.*",
     ):
         warnings.filterwarnings("ignore", text)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tetra.config import check_range
+from tetra.errors import DatasetError
 from tetra.images import load_image
 from tetra.model import TetraModel
 from tetra.training.augment import AugmentConfig, augment, resize
@@ -30,6 +32,10 @@ class ProbeConfig:
     seed: int = 0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
+    def __post_init__(self) -> None:
+        check_range("probe", self, "max_frames", 2)
+        check_range("probe", self, "seed", 0, 2**63 - 1)
+
 
 def pooled_tokens(features: Features) -> Tensor:
     """A descriptor without a head: patch tokens averaged on a 4 x 4 grid, centred, [B, 16 D]."""
@@ -46,6 +52,8 @@ class Probe:
             torch.manual_seed(config.seed)
             for folder in config.folders:
                 paths = find_images([base_dir / folder])[: config.max_frames]
+                if len(paths) < 2:
+                    raise DatasetError(f"{base_dir / folder}: holds 1 image, a probe needs 2 frames; add some")
                 frames = torch.stack([load_image(p, size) for p in paths])
                 self.sets.append((augment(frames[1::2], config.augment, size), resize(frames[0::2], size)))
 

@@ -15,12 +15,12 @@ import yaml
 
 import tetra
 from tetra.config import HeadConfig, ModelConfig, from_dict, model_config
-from tetra.errors import ConfigError
-from tetra.files import load, save, write_json
+from tetra.errors import ConfigError, TrainingError
+from tetra.files import load, save, write_json, writing_into
 from tetra.model import TetraModel
 from tetra.training.distill import DistillConfig, distill
 from tetra.training.finetune import FinetuneConfig, finetune
-from tetra.training.loop import read_log
+from tetra.training.loop import CHECKPOINT, read_log
 from tetra.training.probe import Probe, ProbeConfig, backbone_probe, head_probe
 from tetra.training.teachers import TeacherConfig, create_teacher, describe_teacher
 
@@ -63,6 +63,12 @@ class Recipe:
     data_dir: str = "."
     description: str = ""
 
+    def __post_init__(self) -> None:
+        if self.distill is not None and self.teacher is None:
+            raise ConfigError(f"recipe '{self.name}': 'distill' needs a 'teacher'; add one")
+        if self.distill is None and self.finetune is None:
+            raise ConfigError(f"recipe '{self.name}': neither 'distill' nor 'finetune'; nothing to train")
+
     def model(self) -> ModelConfig:
         """The configuration of the model that the recipe makes."""
         stock = model_config(self.arch, self.head)
@@ -82,7 +88,7 @@ def load_recipe(source: str | Path | dict[str, Any]) -> Recipe:
         ConfigError: no such recipe, not YAML, unknown or misspelt key, or a value that can't be.
     """
     if isinstance(source, dict):
-        return from_dict(Recipe, source, "recipe")
+        return from_dict(Recipe, source, _name_of(source))
     path = Path(source)
     shipped = importlib.resources.files(tetra) / "training" / "recipes"
     if path.suffix not in (".yaml", ".yml") and not path.exists():
@@ -92,14 +98,21 @@ def load_recipe(source: str | Path | dict[str, Any]) -> Recipe:
         text = (shipped / f"{source}.yaml").read_text()
     else:
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{path}: recipe can't be read ({error.strerror}); check the path") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path}: not a text file in UTF-8; expected a recipe in YAML") from None
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
     return from_dict(Recipe, data, str(source))
+
+
+def _name_of(source: str | Path | dict[str, Any]) -> str:
+    """What errors call a recipe: its file, or "recipe"."""
+    return "recipe" if isinstance(source, dict) else str(source)
 
 
 def run_recipe(
@@ -122,18 +135,31 @@ def run_recipe(
     Returns:
         The path of the packed model.
     """
+    with writing_into(out_dir):
+        return _run(source, Path(out_dir), resume, data_dir, progress)
+
+
+def _run(
+    source: str | Path | dict[str, Any], out: Path, resume: bool, data_dir: str | Path | None, progress: bool
+) -> Path:
     recipe = load_recipe(source)
-    if recipe.distill is not None and recipe.teacher is None:
-        raise ConfigError(f"recipe '{recipe.name}': 'distill' needs a 'teacher'; add one")
-    if recipe.distill is None and recipe.finetune is None:
-        raise ConfigError(f"recipe '{recipe.name}': neither 'distill' nor 'finetune'; nothing to train")
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    base = Path(data_dir) if data_dir is not None else Path(recipe.data_dir)
-    write_json(out / "recipe.json", asdict(recipe))
+    for stage in ("distill", "finetune"):
+        if not resume and (out / stage / CHECKPOINT).exists():
+            raise TrainingError(
+                f"{out / stage / CHECKPOINT}: a training lies here already; resume it or choose another folder"
+            )
     seed = (recipe.distill or recipe.finetune).loop.seed  # type: ignore[union-attr]
     torch.manual_seed(seed)
-    model = TetraModel(recipe.model())
+    try:
+        model = TetraModel(recipe.model())
+    except ConfigError as error:
+        raise ConfigError(f"{_name_of(source)}: {error}") from None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{out}: can't be made a folder ({error.strerror}); choose another one") from None
+    base = Path(data_dir) if data_dir is not None else Path(recipe.data_dir)
+    write_json(out / "recipe.json", asdict(recipe))
     probe = Probe(recipe.probe, model.image_size, base) if recipe.probe else None
     started = time.monotonic()
     facts: dict[str, Any] = {"recipe": recipe.name}

