@@ -145,9 +145,7 @@ def report(compiled: Compiled) -> Report:
         stack_bytes=_usage(usage, "STACK"),
         spill_instructions=sum(i.kind == "local" for i in instructions),
         shared_bytes=compiled.shared_bytes,
-        blocks_per_sm=CHIPS[compiled.arch].blocks_resident(
-            registers, compiled.shared_bytes, compiled.num_warps
-        ),
+        blocks_per_sm=CHIPS[compiled.arch].blocks_resident(registers, compiled.shared_bytes, compiled.num_warps),
         main_loop=Counter(i.kind for i in loop),
         tensor_core=Counter(i.name for i in loop if i.kind == "mma"),
     )

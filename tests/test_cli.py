@@ -92,9 +92,7 @@ def test_version_and_help(tetra: Runner) -> None:
         assert f"\n  {command} " in result.out
 
 
-@pytest.mark.parametrize(
-    "args", [["no-such-command"], ["info"], ["info", "x", "--no-such-option"], ["evaluate", "x"]]
-)
+@pytest.mark.parametrize("args", [["no-such-command"], ["info"], ["info", "x", "--no-such-option"], ["evaluate", "x"]])
 def test_wrong_usage(tetra: Runner, args: list[str]) -> None:
     result = tetra(*args)
     assert result.status == 2
@@ -127,9 +125,7 @@ def test_evaluate(tetra: Runner, model_file: Path, town: Path, tmp_path: Path) -
     found = read_json(tmp_path / "r.json")
     assert found["n_queries"] == 7
     assert found["n_references"] == 25
-    assert (
-        found["recall_float"] == found["recall_binary"] == {"1": 100.0, "5": 100.0, "10": 100.0, "20": 100.0}
-    )
+    assert found["recall_float"] == found["recall_binary"] == {"1": 100.0, "5": 100.0, "10": 100.0, "20": 100.0}
     assert found["n_bits"] == 64
     assert found["bytes_per_image"] == 8
     assert found["image_size"] == [32, 32]
@@ -138,9 +134,7 @@ def test_evaluate(tetra: Runner, model_file: Path, town: Path, tmp_path: Path) -
     assert len(list(pictures.glob("match_*.png"))) == 3
 
 
-def test_evaluate_asks_for_its_own_k_and_layout(
-    tetra: Runner, model_file: Path, town: Path, tmp_path: Path
-) -> None:
+def test_evaluate_asks_for_its_own_k_and_layout(tetra: Runner, model_file: Path, town: Path, tmp_path: Path) -> None:
     args = [
         "evaluate",
         model_file,
@@ -199,9 +193,7 @@ def test_pack(tetra: Runner, tiny_model: TetraModel, tmp_path: Path) -> None:
     assert_refused(tetra("pack", out, tmp_path / "x"), out, "packed")
 
 
-def test_packing_names_the_layer_that_is_not_finite(
-    tetra: Runner, tiny_model: TetraModel, tmp_path: Path
-) -> None:
+def test_packing_names_the_layer_that_is_not_finite(tetra: Runner, tiny_model: TetraModel, tmp_path: Path) -> None:
     tiny_model.backbone.blocks[0].mlp.up.weight.data[0, 0] = float("inf")
     save(tiny_model, tmp_path / "m.safetensors")
     result = tetra("pack", tmp_path / "m.safetensors", tmp_path / "out.safetensors")
@@ -245,12 +237,8 @@ sys.argv = ["tetra", "train", "run", {str(recipe)!r}, "--out", {str(tmp_path / "
 from tetra.cli import main
 main()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert_refused(
-        Result(done.returncode, done.stdout, done.stderr), "lightning", 'pip install "tetra-vpr[train]"'
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert_refused(Result(done.returncode, done.stdout, done.stderr), "lightning", 'pip install "tetra-vpr[train]"')
 
 
 def test_console_script_is_installed() -> None:

@@ -90,6 +90,24 @@ def test_errors_inside_nested_sections_name_the_section() -> None:
         ModelConfig.from_dict({**data, "backbone": {**SMALL, "with": 1}})
 
 
+def test_values_that_can_not_be_name_the_file_and_the_section_once() -> None:
+    with pytest.raises(ConfigError, match=r"^m\.json: backbone: 'depth' is 0, expected a positive integer$"):
+        ModelConfig.from_dict({"arch": "x", "backbone": {**SMALL, "depth": 0}}, "m.json")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_are_finite(value: float) -> None:
+    with pytest.raises(ConfigError, match=r"here: 'dropout' is .*, expected float"):
+        from_dict(BackboneConfig, {**SMALL, "dropout": value}, "here")
+
+
+def test_numbers_that_yaml_takes_for_text() -> None:
+    data = {**SMALL, **yaml.safe_load("dropout: 1e-3")}
+    with pytest.raises(ConfigError, match=r"here: 'dropout' is '1e-3', expected float; write 1\.0e-03") as caught:
+        from_dict(BackboneConfig, data, "here")
+    assert yaml.safe_load(str(caught.value).partition("; write ")[2].partition(",")[0]) == 1e-3
+
+
 def test_lists_become_tuples_and_integers_pass_for_floats() -> None:
     config = from_dict(BackboneConfig, {**SMALL, "image_size": [28, 42], "dropout": 0}, "here")
     assert config.image_size == (28, 42)

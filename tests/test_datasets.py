@@ -57,9 +57,7 @@ def make_utm(folder: Path, references: list[tuple[float, float]], queries: list[
 
 
 def test_utm_folders(tmp_path: Path) -> None:
-    make_utm(
-        tmp_path, [(500, 1000), (525, 1000), (500, 1030), (900, 900)], [(500, 1000), (700, 700), (510, 1010)]
-    )
+    make_utm(tmp_path, [(500, 1000), (525, 1000), (500, 1030), (900, 900)], [(500, 1000), (700, 700), (510, 1010)])
     dataset = load_dataset(tmp_path)
     assert (dataset.name, dataset.layout) == (tmp_path.name, "utm")
     assert (dataset.num_references, dataset.num_queries) == (4, 3)
@@ -109,9 +107,7 @@ def test_utm_subfolders_are_searched(tmp_path: Path) -> None:
     st.integers(0, 2**32 - 1),
     st.sampled_from([0.0, 1.0, 3.7, 25.0, 200.0]),
 )
-def test_radius_search_equals_the_full_table(
-    n_references: int, n_queries: int, seed: int, radius_m: float
-) -> None:
+def test_radius_search_equals_the_full_table(n_references: int, n_queries: int, seed: int, radius_m: float) -> None:
     rng = np.random.default_rng(seed)
     database_m = rng.integers(-60, 60, (n_references, 2)).astype(np.float64)  # whole metres: many exact ties
     queries_m = rng.integers(-60, 60, (n_queries, 2)).astype(np.float64)
@@ -246,11 +242,7 @@ def test_a_table_in_fortran_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("protocol", "values"),
-    [
-        (protocol, row)
-        for protocol in range(5)
-        for row in [(0, [1, 2]), (np.int64(0), np.array([1, 2])), (0, {1, 2})]
-    ],
+    [(protocol, row) for protocol in range(5) for row in [(0, [1, 2]), (np.int64(0), np.array([1, 2])), (0, {1, 2})]],
 )
 @pytest.mark.parametrize("module", [b"numpy._core.", b"numpy.core."])
 def test_every_protocol_that_numpy_has_saved_with(
@@ -320,9 +312,7 @@ def test_objects_of_other_classes_are_refused(tmp_path: Path) -> None:
         ([(0, [0]), (1, np.array(["x"]))], ("U1", "integers")),
     ],
 )
-def test_ground_truth_that_does_not_fit(
-    tmp_path: Path, rows: list[tuple[Any, Any]], words: tuple[str, ...]
-) -> None:
+def test_ground_truth_that_does_not_fit(tmp_path: Path, rows: list[tuple[Any, Any]], words: tuple[str, ...]) -> None:
     folder = make_vpr_bench(tmp_path, 2, 4, object_table(rows))
     refuse(lambda: load_dataset(folder), "ground_truth_new.npy", *words)
 
@@ -426,9 +416,7 @@ def test_dataset_checks_its_ground_truth() -> None:
 
 def test_subset_renumbers() -> None:
     references, queries = [Path(f"r{i}") for i in range(5)], [Path(f"q{i}") for i in range(3)]
-    dataset = PlaceDataset(
-        "x", "utm", references, queries, [np.array([0, 4]), np.array([1, 2]), np.array([3])]
-    )
+    dataset = PlaceDataset("x", "utm", references, queries, [np.array([0, 4]), np.array([1, 2]), np.array([3])])
     part = dataset.subset([2, 0], [4, 3, 1])
     assert part.query_paths == [Path("q2"), Path("q0")]
     assert part.database_paths == [Path("r4"), Path("r3"), Path("r1")]

@@ -62,9 +62,7 @@ def test_recall_equals_counting(n_queries: int, n_references: int, seed: int) ->
     truth[0] = np.array([n_references - 1])
     ks = range(1, n_references + 1)
     for k, percent in recall_at_k(predictions, truth, ks).items():
-        asked = [
-            (set(p[:k].tolist()), set(t.tolist())) for p, t in zip(predictions, truth, strict=True) if len(t)
-        ]
+        asked = [(set(p[:k].tolist()), set(t.tolist())) for p, t in zip(predictions, truth, strict=True) if len(t)]
         assert percent == pytest.approx(100 * sum(bool(p & t) for p, t in asked) / len(asked))
 
 
@@ -130,9 +128,7 @@ def test_cosine_search_equals_the_full_table(k: int, batch_size: int) -> None:
     search = CosineSearch(torch.from_numpy(queries).float(), k)
     for batch in torch.from_numpy(references).float().split(batch_size):
         search.add(batch)
-    table = (queries @ references.T) / np.outer(
-        np.linalg.norm(queries, axis=1), np.linalg.norm(references, axis=1)
-    )
+    table = (queries @ references.T) / np.outer(np.linalg.norm(queries, axis=1), np.linalg.norm(references, axis=1))
     expected = np.argsort(-table, axis=1)[:, :k]
     assert search.rows.numpy().tolist() == expected.tolist()
     np.testing.assert_allclose(search.similarities, np.take_along_axis(table, expected, 1), atol=1e-6)
@@ -188,8 +184,7 @@ def make_dataset(folder: Path, n_queries: int = 9, n_references: int = 13) -> Pl
     """Every third query has no right reference."""
     rng = np.random.default_rng(1)
     truth = [
-        np.sort(rng.choice(n_references, 2, replace=False)) if i % 3 else np.array([], int)
-        for i in range(n_queries)
+        np.sort(rng.choice(n_references, 2, replace=False)) if i % 3 else np.array([], int) for i in range(n_queries)
     ]
     references = make_images(folder / "database", n_references, seed=2)
     queries = make_images(folder / "queries", n_queries, seed=3)
@@ -197,9 +192,7 @@ def make_dataset(folder: Path, n_queries: int = 9, n_references: int = 13) -> Pl
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
-def test_described_files_are_what_the_model_says(
-    tmp_path: Path, tiny_model: TetraModel, batch_size: int
-) -> None:
+def test_described_files_are_what_the_model_says(tmp_path: Path, tiny_model: TetraModel, batch_size: int) -> None:
     paths = make_images(tmp_path, 6)
     tiny_model.eval()
     described = describe_folder(tiny_model, tmp_path, batch_size=batch_size, progress=False)
@@ -211,9 +204,7 @@ def test_described_files_are_what_the_model_says(
     assert (described.kept, described.skipped) == (list(range(6)), [])
 
 
-def test_describing_works_in_evaluation_mode_and_gives_the_mode_back(
-    tmp_path: Path, tiny_model: TetraModel
-) -> None:
+def test_describing_works_in_evaluation_mode_and_gives_the_mode_back(tmp_path: Path, tiny_model: TetraModel) -> None:
     make_images(tmp_path, 3)
     tiny_model.train()
     tiny_model.backbone.eval()  # as a frozen backbone in fine-tuning
@@ -267,9 +258,7 @@ def test_wrong_image_and_batch_sizes(tmp_path: Path, tiny_model: TetraModel) -> 
         list(describe_batches(tiny_model, list(tmp_path.iterdir()), batch_size=0, progress=False))
 
 
-def test_progress_goes_to_stderr(
-    tmp_path: Path, tiny_model: TetraModel, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_goes_to_stderr(tmp_path: Path, tiny_model: TetraModel, capsys: pytest.CaptureFixture[str]) -> None:
     make_images(tmp_path, 2)
     describe_folder(tiny_model, tmp_path, label="references")
     captured = capsys.readouterr()
@@ -292,9 +281,7 @@ def test_evaluate_equals_brute_force(tmp_path: Path, tiny_model: TetraModel, bat
             assert recalls[k] == pytest.approx(100 * sum(hits) / len(hits))
     assert report.recall_binary[13] == 100.0
     best = [(d[0], p[0] in t) for d, p, t in zip(distances, by_hamming, dataset.ground_truth, strict=True)]
-    for threshold, precision in zip(
-        report.precision_recall.threshold, report.precision_recall.precision, strict=True
-    ):
+    for threshold, precision in zip(report.precision_recall.threshold, report.precision_recall.precision, strict=True):
         answers = [right for distance, right in best if distance <= threshold]
         assert precision == pytest.approx(sum(answers) / len(answers))
     assert (report.n_queries, report.n_references, report.n_queries_without_positive) == (9, 13, 3)
@@ -346,9 +333,7 @@ def test_default_ks_beyond_a_small_map_look_at_all_of_it(tmp_path: Path, tiny_mo
     report = evaluate(tiny_model, make_dataset(tmp_path, n_references=7), progress=False)
     assert list(report.recall_binary) == list(report.recall_float) == [1, 5, 10, 20]
     assert report.recall_binary[10] == report.recall_float[20] == 100.0
-    assert report.notices[:2] == [
-        f"the map holds 7 references, so R@{k} looks at all of them" for k in (10, 20)
-    ]
+    assert report.notices[:2] == [f"the map holds 7 references, so R@{k} looks at all of them" for k in (10, 20)]
 
 
 @pytest.mark.parametrize(
@@ -365,9 +350,7 @@ def test_ks_that_were_asked_for_are_checked_before_any_work(
     assert not calls
 
 
-def test_a_bad_image_ends_the_run_unless_skipping_was_asked_for(
-    tmp_path: Path, tiny_model: TetraModel
-) -> None:
+def test_a_bad_image_ends_the_run_unless_skipping_was_asked_for(tmp_path: Path, tiny_model: TetraModel) -> None:
     dataset = make_dataset(tmp_path)
     bad_reference = dataset.ground_truth[1][0]
     dataset.database_paths[bad_reference].write_text("no image")
@@ -430,9 +413,7 @@ def test_commit_is_that_of_the_checkout() -> None:
     root = Path(tetra.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         pytest.skip("tetra is not imported from a git checkout")
-    head = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     expected = head.stdout.strip() if head.returncode == 0 else None
     commit = source_commit()
     assert (commit.removesuffix("-dirty") if commit else None) == expected
@@ -505,9 +486,7 @@ def test_match_skips_only_when_asked(tmp_path: Path, tiny_model: TetraModel) -> 
     make_images(tmp_path / "queries", 3)[0].write_text("no image")
     with pytest.raises(ImageError, match=r"queries/0\.png"):
         match_folders(tiny_model, tmp_path / "queries", tmp_path / "map", progress=False)
-    report = match_folders(
-        tiny_model, tmp_path / "queries", tmp_path / "map", skip_bad_images=True, progress=False
-    )
+    report = match_folders(tiny_model, tmp_path / "queries", tmp_path / "map", skip_bad_images=True, progress=False)
     assert [path.name for path in report.query_paths] == ["1.png", "2.png"]
     assert [path.name for path in report.reference_paths] == ["0.png", "2.png", "3.png"]
     assert report.rows.max() <= 2

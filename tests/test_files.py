@@ -93,9 +93,7 @@ def assert_one_line(error: BaseException, *parts: object) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
-def test_packed_model_comes_back_bit_for_bit(
-    tiny_model: TetraModel, tmp_path: Path, dtype: torch.dtype | None
-) -> None:
+def test_packed_model_comes_back_bit_for_bit(tiny_model: TetraModel, tmp_path: Path, dtype: torch.dtype | None) -> None:
     model = tiny_model.pack(dtype)
     model.info = {"data": "none", "epochs": 3, "name": "Zürich"}
     save(model, tmp_path / "m.safetensors")
@@ -115,9 +113,7 @@ def test_packed_model_comes_back_bit_for_bit(
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
-def test_trainable_model_comes_back_and_packs_to_the_same_codes(
-    tiny_model: TetraModel, tmp_path: Path
-) -> None:
+def test_trainable_model_comes_back_and_packs_to_the_same_codes(tiny_model: TetraModel, tmp_path: Path) -> None:
     save(tiny_model, tmp_path / "m.safetensors")
     loaded = load_trainable(tmp_path / "m.safetensors")
     assert not loaded.is_packed
@@ -193,9 +189,7 @@ def test_any_flipped_bit_is_noticed(path: Path, packed: TetraModel, data: st.Dat
             assert torch.equal(tensor, loaded.state_dict()[name])
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("info", {"recall": 100}), ("tetra_version", "0.1.1"), ("note", 1)]
-)
+@pytest.mark.parametrize(("key", "value"), [("info", {"recall": 100}), ("tetra_version", "0.1.1"), ("note", 1)])
 def test_facts_cannot_be_changed_in_silence(path: Path, key: str, value: object) -> None:
     header, tensors = read(path)
     header[key] = value
@@ -297,6 +291,26 @@ def test_unknown_config_key(path: Path) -> None:
     assert_one_line(caught.value, path, "widht", "width")
 
 
+def test_unknown_head_option(path: Path) -> None:
+    forge(path, lambda header, tensors: header["config"]["head"]["options"].update(pp=3.0))
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert_one_line(caught.value, path, "pp", "out_dim")
+
+
+@pytest.mark.parametrize("rest_dtype", [None, torch.float16])
+def test_what_could_not_be_loaded_is_not_saved(
+    tiny_model: TetraModel, tmp_path: Path, rest_dtype: torch.dtype | None
+) -> None:
+    with torch.no_grad():
+        tiny_model.backbone.cls_token[0, 0, 0] = float("nan") if rest_dtype is None else 1e6
+    packed = tiny_model.pack(rest_dtype)
+    with pytest.raises(TetraError) as caught:
+        save(packed, tmp_path / "m.safetensors")
+    assert_one_line(caught.value, tmp_path / "m.safetensors", "backbone.cls_token", "infinite")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_config_that_gains_a_default_still_loads(path: Path, packed: TetraModel) -> None:
     # Files of older releases lack keys that have a default now; their hash covers what they wrote.
     forge(path, lambda header, tensors: header["config"]["backbone"].pop("full_precision_blocks"))
@@ -361,9 +375,7 @@ def test_forging_without_an_edit_loads(path: Path, packed: TetraModel) -> None:
     # The tests above fail for their edit, not for being rewritten.
     forge(path, lambda header, tensors: None)
     assert torch.equal(load(path).describe(IMAGES), packed.describe(IMAGES))
-    forge(
-        path, lambda header, tensors: tensors[QKV].copy_(pack_ternary(torch.ones(72, 40, dtype=torch.int8)))
-    )
+    forge(path, lambda header, tensors: tensors[QKV].copy_(pack_ternary(torch.ones(72, 40, dtype=torch.int8))))
     assert not torch.equal(load(path)(IMAGES), packed(IMAGES))
 
 

@@ -64,6 +64,11 @@ def test_other_grids(kind: str, grid: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_batch(kind: str) -> None:
+    assert tiny_head(kind)(features_of(0)).shape == (0, DIMENSIONS[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_images_of_a_batch_do_not_see_each_other(kind: str) -> None:
     head, features = tiny_head(kind), features_of(3)
     alone = torch.cat([head(Features(features.tokens[i : i + 1], features.grid)) for i in range(3)])
@@ -238,6 +243,14 @@ def test_resampling_keeps_constants_and_the_right_grid() -> None:
     assert resample(x, (4, 6)) is x
     for grid in ((2, 3), (3, 5), (7, 9), (1, 1)):
         torch.testing.assert_close(resample(torch.full((1, 2, 4, 6), 2.5), grid), torch.full((1, 2, *grid), 2.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_resampling_keeps_the_dtype(dtype: torch.dtype) -> None:
+    x = torch.rand(1, 2, 4, 6).to(dtype)
+    out = resample(x, (3, 5))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, resample(x.double(), (3, 5)).to(dtype))
 
 
 @pytest.mark.parametrize(("width", "out_channels"), [(24, 16), (24, 24), (24, 40)])

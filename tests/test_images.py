@@ -191,9 +191,7 @@ def test_one_pixel_is_resized_to_its_colour(tmp_path: Path, mode: str, size: tup
 
 def test_resize_is_antialiased_bicubic_like_torch(tmp_path: Path) -> None:
     """torch's antialiased bicubic filter is the reference; Pillow rounds and clips between its two passes."""
-    image = np.random.default_rng(7).integers(
-        64, 192, (90, 133, 3), dtype=np.uint8
-    )  # overshoots stay within 0 to 255
+    image = np.random.default_rng(7).integers(64, 192, (90, 133, 3), dtype=np.uint8)  # overshoots stay within 0 to 255
     Image.fromarray(image).save(tmp_path / "a.png")
     for size in [(30, 44), (224, 224), (90, 50), (13, 400)]:
         expected = torch.nn.functional.interpolate(
@@ -372,9 +370,7 @@ def test_batches_hold_all_images_in_order(tmp_path: Path, batch_size: int, worke
     batches = list(iterate_batches(paths, (4, 5), batch_size, workers=workers))
     assert [len(indices) for indices, _ in batches[:-1]] == [batch_size] * (len(batches) - 1)
     assert torch.cat([indices for indices, _ in batches]).tolist() == list(range(7))
-    assert torch.equal(
-        torch.cat([images for _, images in batches]), torch.stack([load_image(p) for p in paths])
-    )
+    assert torch.equal(torch.cat([images for _, images in batches]), torch.stack([load_image(p) for p in paths]))
 
 
 def test_no_paths_give_no_batches() -> None:

@@ -144,6 +144,16 @@ def test_non_finite_parameters_are_refused_by_name(part: str, value: float, tiny
         tiny_model.eval()(torch.rand(1, 3, 32, 32))
 
 
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_training_refuses_non_finite_weights_by_name(value: float, lam: float, tiny_model: TetraModel) -> None:
+    set_lambda(tiny_model, lam)
+    with torch.no_grad():
+        tiny_model.backbone.blocks[0].mlp.up.weight.view(-1)[3] = value
+    with pytest.raises(ValueError, match=r"layer 'backbone\.blocks\.0\.mlp\.up'.*NaN or infinite"):
+        tiny_model.train()(torch.rand(1, 3, 32, 32))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("packed", [True, False])
 def test_non_finite_inputs_are_refused_by_name(packed: bool, value: float) -> None:

@@ -63,18 +63,14 @@ def test_commands_run_as_written(command: str, folder: Path) -> None:
 @needs_nano
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_runs_as_written(code: str, folder: Path) -> None:
-    checks = (
-        "assert codes.shape == (2, model.n_bits // 8) and floats.shape == (2, model.n_bits)\nassert rows == 0"
-    )
+    checks = "assert codes.shape == (2, model.n_bits // 8) and floats.shape == (2, model.n_bits)\nassert rows == 0"
     run([sys.executable, "-c", f"{code}\n{checks}"], folder)
 
 
 def test_it_names_only_what_exists() -> None:
     texts = README + (ROOT / "CONTRIBUTING.md").read_text()
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(
-        re.findall(r"\bmake (\w+)", " ".join(re.findall(r"`make [^`]+`|^    make .+$", texts, re.M)))
-    ):
+    for target in set(re.findall(r"\bmake (\w+)", " ".join(re.findall(r"`make [^`]+`|^    make .+$", texts, re.M)))):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     for extra in ",".join(re.findall(r"pip install \"\.\[([\w,]+)\]", README)).split(","):

@@ -154,13 +154,13 @@ def save(model: TetraModel, path: str | Path, *, overwrite: bool = True) -> None
     file for :func:`load_trainable`.
 
     Raises:
-        TetraError: the file exists and ``overwrite`` is off, it can't be written, or a tensor has NaN or infinite
-            values, which :func:`load` would refuse; the old file stays.
+        TetraError: the file exists and ``overwrite`` is off, it can't be written, or a tensor of a packed model has
+            NaN or infinite values (float16 ends at 65504), which :func:`load` would refuse; the old file stays.
     """
     path = check_output(path, overwrite=overwrite)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if model.is_packed and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise TetraError(
                 f"{path}: not written, tensor '{name}' has NaN or infinite values in {tensor.dtype}; train again with "
                 "a lower learning rate, or pack to a dtype with a wider range"

@@ -225,8 +225,8 @@ class MixVPR(Head):
         """Start training from a descriptor that works: tokens averaged over cells of the image, decorrelated.
 
         The mixer layers begin as the identity, a row as the mean of one cell of a ``out_rows``-cell raster, and
-        the channels as centred, partly whitened principal components under a random rotation, which spreads the
-        variance evenly over the bits (Gong et al., Iterative Quantization, CVPR 2011).
+        the channels as centred, whitened principal components under a random rotation. Whitening makes every bit
+        count the same, in the float descriptor too (Jegou and Chum, ECCV 2012).
 
         Args:
             features: of some hundred training images.
@@ -246,7 +246,7 @@ class MixVPR(Head):
         mean = x.mean(0)
         variances, directions = torch.linalg.eigh(torch.cov((x - mean).T))
         out = self.channels.out_features
-        kept = directions[:, -out:] * variances[-out:].clamp(min=variances[-1] * 1e-4) ** -0.25
+        kept = directions[:, -out:] * variances[-out:].clamp(min=variances[-1] * 1e-4) ** -0.5
         rotation = torch.linalg.qr(torch.randn(out, kept.shape[1], dtype=torch.float64, device=x.device).T)[0].T
         weight = rotation @ kept.T if kept.shape[1] >= out else torch.randn(out, kept.shape[1]).to(kept) @ kept.T
         weight = weight / weight.norm(dim=1).mean()
@@ -266,8 +266,9 @@ def resample(feature_map: Tensor, grid: tuple[int, int]) -> Tensor:
         return feature_map
     if all(s % g == 0 for s, g in zip(feature_map.shape[-2:], grid, strict=True)):
         return F.adaptive_avg_pool2d(feature_map, grid)
-    # In float32: PyTorch's antialiased filter has no bfloat16 on CPUs.
-    resized = F.interpolate(feature_map.float(), size=grid, mode="bilinear", antialias=True, align_corners=False)
+    # PyTorch's antialiased filter has no half precision on CPUs.
+    wide = feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
+    resized = F.interpolate(wide, size=grid, mode="bilinear", antialias=True, align_corners=False)
     return resized.to(feature_map.dtype)
 
 

@@ -170,6 +170,29 @@ def test_damaged_trees(tree: str | None, tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "c")
 
 
+def test_a_newer_checkpoint(tmp_path: Path) -> None:
+    metadata = {"kind": "tetra-training-checkpoint", "format_version": "2", "tree": "{}"}
+    save_file({"w": torch.ones(2)}, tmp_path / "c", metadata=metadata)
+    with pytest.raises(FileFormatError, match="c: checkpoint format 2, this release reads up to 1"):
+        load_checkpoint(tmp_path / "c")
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_any_flipped_bit_is_noticed(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "flipped.safetensors"
+    value = {"global_step": 7, "state": {"w": torch.arange(20.0), "b": torch.zeros(3)}, "lr": 0.25}
+    save_checkpoint(value, path)
+    raw = bytearray(path.read_bytes())
+    raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(raw)
+    try:
+        found = load_checkpoint(path)
+    except FileFormatError:
+        return
+    assert_same(found, value)  # only the name of the hash was hit
+
+
 FULL_DISK = """
 import resource, sys
 from pathlib import Path

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from tetra.config import model_config
-from tetra.errors import ConfigError, DatasetError, TetraError
+from tetra.errors import ConfigError, DatasetError, TetraError, TrainingError
 from tetra.files import load, load_trainable
 from tetra.images import load_image
 from tetra.training.loop import read_log
@@ -109,6 +109,22 @@ def test_a_finished_run_repeats_nothing_and_gives_the_same(recipe: dict[str, Any
     assert len([row for row in read_log(tmp_path / "distill") if "loss" in row]) == 4
 
 
+def test_a_finished_run_is_not_touched_without_resume(recipe: dict[str, Any], tmp_path: Path) -> None:
+    run_recipe(recipe, tmp_path, progress=False)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(TrainingError, match="a training lies here already"):
+        run_recipe({**recipe, "description": "another"}, tmp_path, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_resuming_with_another_model(recipe: dict[str, Any], tmp_path: Path) -> None:
+    run_recipe(recipe, tmp_path, progress=False)
+    other = {**recipe, "backbone": {**recipe["backbone"], "mlp_dim": 2 * recipe["backbone"]["mlp_dim"]}}
+    with pytest.raises(TrainingError, match=r"last\.ckpt\.safetensors: of another model: 'model\.backbone") as caught:
+        run_recipe(other, tmp_path, resume=True, progress=False)
+    assert "\n" not in str(caught.value)
+
+
 def test_one_stage_alone(recipe: dict[str, Any], tmp_path: Path) -> None:
     only_distill = {k: v for k, v in recipe.items() if k not in ("finetune", "probe")}
     run_recipe(only_distill, tmp_path / "a", progress=False)
@@ -134,6 +150,14 @@ def test_the_data_folder_can_be_given(recipe: dict[str, Any], pictures: Path, tm
         (("distill", "loop"), "acumulate", 2, r"distill: loop: unknown key 'acumulate'; did you mean 'accumulate'\?"),
         (("distill",), "lr", "fast", r"distill: 'lr' is 'fast', expected float"),
         (("distill",), "lambda_schedule", "steps", "'lambda_schedule' is 'steps'"),
+        (("distill",), "lr", -1.0, r"recipe: distill: 'lr' is -1\.0, expected at least 0"),
+        (("distill",), "batch_size", 0, r"distill: 'batch_size' is 0, expected at least 1"),
+        (("distill",), "max_steps", -1, r"distill: 'max_steps' is -1, expected at least 0"),
+        (("distill", "loop"), "accumulate", 0, r"distill: loop: 'accumulate' is 0, expected at least 1"),
+        (("distill",), "attention_layers", 9, r"'attention_layers' is 9, but the student has only \d+ blocks"),
+        (("finetune",), "epochs", -1, r"finetune: 'epochs' is -1, expected at least 0"),
+        (("teacher",), "image_size", 0, r"teacher: 'image_size' is 0, expected at least 1"),
+        (("teacher",), "name", "", r"teacher: kind '\w+' needs a 'name'"),
         (("distill",), "views", 0, r"distill: 'views' is 0, expected at least 1"),
         (("finetune", "augment"), "blurr", 1, r"finetune: augment: unknown key 'blurr'; did you mean 'blur'\?"),
         (("teacher",), "kind", "resnet", "teacher: 'kind' is 'resnet'"),

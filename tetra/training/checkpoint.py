@@ -1,4 +1,7 @@
-"""Training checkpoints without pickle: one safetensors file with the tensors and, as metadata, a JSON tree."""
+"""Training checkpoints without pickle: one safetensors file with the tensors and, as metadata, a JSON tree.
+
+A sha256 over both is in the metadata too, so that a damaged checkpoint is refused instead of trained on.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tetra.errors import FileFormatError, TrainingError
+from tetra.files import content_hash
 
+FORMAT_VERSION = 1
+_KIND = "tetra-training-checkpoint"
 _TENSOR, _PAIRS, _TUPLE = "__tensor__", "__pairs__", "__tuple__"
 
 
@@ -54,11 +60,17 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         TrainingError: the disk is full or the folder can't be written.
     """
     tensors: dict[str, torch.Tensor] = {}
-    tree = _encode(checkpoint, tensors, "")
+    tree = json.dumps(_encode(checkpoint, tensors, ""))
+    metadata = {
+        "kind": _KIND,
+        "format_version": str(FORMAT_VERSION),
+        "content_hash": content_hash({"tree": tree}, tensors),
+        "tree": tree,
+    }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"kind": "tetra-training-checkpoint", "tree": json.dumps(tree)})
+        save_file(tensors, temporary, metadata=metadata)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -75,7 +87,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what :func:`save_checkpoint` wrote.
 
     Raises:
-        FileFormatError: the file is missing, truncated or of another kind.
+        FileFormatError: the file is missing, truncated, altered, of another kind or from a newer release.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -83,10 +95,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         raise FileFormatError(f"{path}: not a readable checkpoint ({error}); resume from another one") from None
-    if metadata.get("kind") != "tetra-training-checkpoint":
+    if metadata.get("kind") != _KIND:
         raise FileFormatError(f"{path}: not a training checkpoint; expected one that training wrote")
+    version, tree = metadata.get("format_version", "0"), metadata.get("tree", "")
+    if not version.isdecimal() or int(version) > FORMAT_VERSION:
+        raise FileFormatError(
+            f"{path}: checkpoint format {version}, this release reads up to {FORMAT_VERSION}; upgrade, or start anew"
+        )
+    claimed = metadata.get("content_hash")
+    if claimed is not None and claimed != content_hash({"tree": tree}, tensors):
+        raise FileFormatError(f"{path}: altered since it was written, its hash does not match; resume from another one")
     try:
-        checkpoint: dict[str, Any] = _decode(json.loads(metadata["tree"]), tensors)
+        checkpoint: dict[str, Any] = _decode(json.loads(tree), tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"{path}: damaged checkpoint ({error}); resume from another one") from None
     return checkpoint

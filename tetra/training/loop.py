@@ -175,7 +175,11 @@ def run_stage(
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists() and not resume:
         raise TrainingError(f"{checkpoint}: a training lies here already; resume it or choose another folder")
-    start = int(load_checkpoint(checkpoint)["global_step"]) if checkpoint.exists() else 0
+    start = 0
+    if checkpoint.exists():
+        saved = load_checkpoint(checkpoint)
+        start = int(saved["global_step"])
+        _check_fits(checkpoint, saved["state_dict"], module)
     if loop.threads:
         torch.set_num_threads(loop.threads)
     sampler = StepSampler(
@@ -240,6 +244,17 @@ def run_stage(
     return figures
 
 
+def _check_fits(path: Path, saved: dict[str, Tensor], module: StageModule) -> None:
+    """Refuse a checkpoint of another model before Lightning fails on each of its tensors."""
+    here, there = ({name: tuple(t.shape) for name, t in state.items()} for state in (module.state_dict(), saved))
+    name = next((name for name in sorted({*here, *there}) if here.get(name) != there.get(name)), None)
+    if name is not None:
+        raise TrainingError(
+            f"{path}: of another model: '{name}' is {there.get(name, 'missing')} there and {here.get(name, 'missing')} "
+            "in this recipe; resume with the recipe that the run began with, or choose another folder"
+        )
+
+
 def _quiet() -> None:
     # Advice that does not hold here: samplers are ours, workers are a setting.
     for text in (
@@ -250,6 +265,7 @@ def _quiet() -> None:
         ".*Found .* module.s. in eval mode.*",
         ".*TensorBoard.*",
         ".*dataloader is not resumable.*",
+        ".*LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", text)
     for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.checkpoint_connector"):
