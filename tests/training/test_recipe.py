@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 from PIL import Image
 
 from tetra.config import model_config
-from tetra.errors import ConfigError, DatasetError, TetraError, TrainingError
+from tetra.errors import ConfigError, DatasetError, ImageError, TetraError, TrainingError
 from tetra.files import load, load_trainable
 from tetra.images import load_image
 from tetra.training.loop import read_log
@@ -125,6 +126,20 @@ def test_resuming_with_another_model(recipe: dict[str, Any], tmp_path: Path) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_training_image_is_one_line(recipe: dict[str, Any], pictures: Path, tmp_path: Path, workers: int) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    bad = data / "one" / "frame_0005.png"
+    bad.write_text("junk")
+    recipe["distill"]["folders"] = ["one"]
+    recipe["distill"]["loop"]["workers"] = workers
+    with pytest.raises(ImageError, match="is not an image") as caught:
+        run_recipe(recipe, tmp_path / "run", data_dir=data, progress=False)
+    assert str(caught.value).startswith(f"{bad}: ")
+    assert "\n" not in str(caught.value)
+
+
 def test_one_stage_alone(recipe: dict[str, Any], tmp_path: Path) -> None:
     only_distill = {k: v for k, v in recipe.items() if k not in ("finetune", "probe")}
     run_recipe(only_distill, tmp_path / "a", progress=False)
@@ -232,3 +247,22 @@ def test_the_shipped_recipe_is_valid_and_makes_nano() -> None:
     assert set(nano.probe.folders) == set(nano.distill.exclude)
     left_out = {f"{s.folder}/{name}" for s in nano.finetune.sources for name in s.exclude}
     assert left_out == set(nano.probe.folders)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sources": [{"kind": "video", "folder": "nowhere"}]}, "nowhere: no such folder"),
+        ({"trainable_blocks": 99}, "'trainable_blocks' is 99"),
+        ({"initialize_head": 8}, "is for the MixVPR head"),
+    ],
+)
+def test_mistakes_of_stage_2_are_found_before_stage_1(
+    recipe: dict[str, Any], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    recipe["finetune"] = {**recipe["finetune"], **change}
+    if "initialize_head" in change:
+        recipe["head"], recipe["head_options"] = "gem", {"out_dim": 16}
+    with pytest.raises(TetraError, match=message):
+        run_recipe(recipe, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "distill").exists()

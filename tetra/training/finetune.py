@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tetra.config import check_range
 from tetra.errors import ConfigError, DatasetError
-from tetra.heads import MixVPR
+from tetra.heads import Head, MixVPR
 from tetra.layers import set_lambda
 from tetra.model import TetraModel
 from tetra.quantization import LambdaSchedule, lambda_at
@@ -110,6 +110,30 @@ class FinetuneConfig:
             raise ConfigError("finetune: 'epochs' is 0, expected a positive number unless 'max_steps' is given")
 
 
+def check_model(model: TetraModel, config: FinetuneConfig) -> Head:
+    """The model's head, if ``config`` fits the model.
+
+    Raises:
+        ConfigError: no head, one that ``initialize_head`` is not for, or more ``trainable_blocks`` than there are.
+    """
+    if model.head is None:
+        raise ConfigError(f"model '{model.config.arch}' has no head to fine-tune; choose one")
+    n_blocks = len(model.backbone.blocks)
+    if not 0 <= config.trainable_blocks <= n_blocks:
+        raise ConfigError(f"finetune: 'trainable_blocks' is {config.trainable_blocks}, expected 0 to {n_blocks}")
+    if config.initialize_head and not isinstance(model.head, MixVPR):
+        raise ConfigError(f"finetune: 'initialize_head' is for the MixVPR head, not {type(model.head).__name__}; set 0")
+    return model.head
+
+
+def place_dataset(model: TetraModel, config: FinetuneConfig, base_dir: Path) -> PlaceBatches:
+    """The training places of ``config``, for images of the model's size; raises as their readers do."""
+    places = [place for source in config.sources for place in source.places(base_dir)]
+    return PlaceBatches(
+        places, model.image_size, config.images_per_place, config.loop.seed, config.min_scale, config.keep_decoded
+    )
+
+
 class FinetuneModule(StageModule):
     """Head and last block in training, the rest frozen; see :class:`FinetuneConfig`."""
 
@@ -121,15 +145,11 @@ class FinetuneModule(StageModule):
         validate: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         super().__init__(config.loop, n_steps, validate)
-        if model.head is None:
-            raise ConfigError(f"model '{model.config.arch}' has no head to fine-tune; choose one")
-        blocks = model.backbone.blocks
-        if not 0 <= config.trainable_blocks <= len(blocks):
-            raise ConfigError(f"finetune: 'trainable_blocks' is {config.trainable_blocks}, expected 0 to {len(blocks)}")
+        head, blocks = check_model(model, config), model.backbone.blocks
         self.model, self.config = model, config
         set_lambda(model, 1.0)
         model.backbone.requires_grad_(False)
-        model.head.requires_grad_(True)
+        head.requires_grad_(True)
         self._trained_blocks = list(blocks[len(blocks) - config.trainable_blocks :])
         for block in self._trained_blocks:
             block.requires_grad_(True)
@@ -168,8 +188,8 @@ class FinetuneModule(StageModule):
 
 
 def _initialize_head(model: TetraModel, config: FinetuneConfig, dataset: PlaceBatches) -> None:
-    if not isinstance(model.head, MixVPR):
-        raise ConfigError(f"finetune: 'initialize_head' is for the MixVPR head, not {type(model.head).__name__}; set 0")
+    head = check_model(model, config)
+    assert isinstance(head, MixVPR)
     set_lambda(model, 1.0)
     model.eval()
     picked = StepSampler(len(dataset), min(config.initialize_head, len(dataset)), 1, config.loop.seed).batch(0)
@@ -182,7 +202,7 @@ def _initialize_head(model: TetraModel, config: FinetuneConfig, dataset: PlaceBa
                 seen = augment(images, config.augment, model.image_size)
             features.append(model.features(seen.to(model.image_mean.device)))
     tokens = torch.cat([f.tokens for f in features])
-    model.head.initialize(Features(tokens, features[0].grid))
+    head.initialize(Features(tokens, features[0].grid))
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -203,15 +223,7 @@ def finetune(
     progress: bool = True,
 ) -> dict[str, float]:
     """Run stage 2 on ``model`` in place; see :func:`tetra.training.distill.distill` for the arguments."""
-    places = [place for source in config.sources for place in source.places(base_dir)]
-    dataset = PlaceBatches(
-        places,
-        model.image_size,
-        config.images_per_place,
-        config.loop.seed,
-        config.min_scale,
-        config.keep_decoded,
-    )
+    dataset = place_dataset(model, config, base_dir)
     per_step = config.places_per_batch * config.loop.accumulate
     n_steps = config.max_steps or max(1, round(config.epochs * len(dataset) / per_step))
     torch.manual_seed(config.loop.seed)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tetra.config import check_range
-from tetra.errors import TrainingError
+from tetra.errors import TetraError, TrainingError
 from tetra.training.checkpoint import SafetensorsCheckpointIO, load_checkpoint
 from tetra.training.data import StepSampler, has_bfloat16
 
@@ -230,7 +230,14 @@ def run_stage(
     )
     module.train()  # Lightning keeps whatever mode it finds
     if start < module.n_steps:
-        trainer.fit(module, loader, ckpt_path=checkpoint if start else None)
+        try:
+            trainer.fit(module, loader, ckpt_path=checkpoint if start else None)
+        except TetraError as error:
+            if not loop.workers or "Original Traceback" not in str(error):
+                raise
+            # A loader's process sends its whole traceback as the message; the last line is "class: message".
+            message = str(error).strip().splitlines()[-1].partition(": ")[2]
+            raise type(error)(message) from None
         if trainer.interrupted:
             raise KeyboardInterrupt
         trainer.save_checkpoint(checkpoint)

@@ -19,8 +19,9 @@ from tetra.errors import ConfigError, TrainingError
 from tetra.files import load, save, write_json, writing_into
 from tetra.model import TetraModel
 from tetra.training.distill import DistillConfig, distill
-from tetra.training.finetune import FinetuneConfig, finetune
+from tetra.training.finetune import FinetuneConfig, check_model, finetune, place_dataset
 from tetra.training.loop import CHECKPOINT, read_log
+from tetra.training.losses import BinaryMultiSimilarityLoss
 from tetra.training.probe import Probe, ProbeConfig, backbone_probe, head_probe
 from tetra.training.teachers import TeacherConfig, create_teacher, describe_teacher
 
@@ -163,6 +164,10 @@ def _run(
     probe = Probe(recipe.probe, model.image_size, base) if recipe.probe else None
     started = time.monotonic()
     facts: dict[str, Any] = {"recipe": recipe.name}
+    if recipe.finetune is not None:  # what is wrong with stage 2 is better known before stage 1 has run for days
+        check_model(model, recipe.finetune)
+        place_dataset(model, recipe.finetune, base)
+        BinaryMultiSimilarityLoss()
     if recipe.distill is not None and recipe.teacher is not None:
         teacher = create_teacher(recipe.teacher, base)
         facts["teacher"] = describe_teacher(teacher)

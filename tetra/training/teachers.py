@@ -61,6 +61,10 @@ class Teacher(nn.Module):
         super().train(False)
         return self
 
+    def _freeze(self) -> None:
+        self.requires_grad_(False)
+        self.train(False)
+
     def forward(self, images: Tensor, n_attention: int = 0) -> TeacherOutput:
         """float [B, 3, height, width] in [0, 1] -> :class:`TeacherOutput`."""
         raise TypeError(f"{type(self).__name__} is an interface; use TransformersTeacher or CnnTeacher")
@@ -102,6 +106,12 @@ class _Normalized(Teacher):
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
+
+    def _measure(self) -> None:
+        """Learn the tokens' widths from one blank image."""
+        with torch.no_grad():
+            out = self(torch.zeros(1, 3, 224, 224))
+        self.cls_dim, self.patch_dim = out.cls.shape[-1], out.patches.shape[-1]
 
 
 def _from_pretrained(name_or_path: str) -> tuple[Any, dict[str, Any]]:
@@ -160,8 +170,7 @@ class TransformersTeacher(_Normalized):
         self._keys = self._projections(self._KEY_NAMES)
         self.gives_attention = 0 < len(self._queries) == len(self._keys)
         self.identity = _digest(self.network, name_or_path)
-        self.requires_grad_(False)
-        self.train(False)
+        self._freeze()
 
     def _projections(self, names: tuple[str, ...]) -> list[nn.Module]:
         return [m for n, m in self.network.named_modules() if n.rsplit(".", 1)[-1] in names]
@@ -242,11 +251,8 @@ class CnnTeacher(_Normalized):
                 known = ", ".join(n for n in modules if n and n.count(".") < 2)
                 raise ConfigError(f"teacher: no layer '{name}'; known: {known:.400}")
         self.identity = _digest(network, self.patch_layers, self.cls_layer)
-        self.requires_grad_(False)
-        self.train(False)
-        with torch.no_grad():
-            out = self(torch.zeros(1, 3, 224, 224))
-        self.cls_dim, self.patch_dim = out.cls.shape[-1], out.patches.shape[-1]
+        self._freeze()
+        self._measure()
 
     def forward(self, images: Tensor, n_attention: int = 0) -> TeacherOutput:
         """See :class:`Teacher`; there is no attention to imitate."""
@@ -307,11 +313,8 @@ class TransformersCnnTeacher(_Normalized):
         super().__init__(**statistics)
         self.network = network
         self.identity = _digest(network, name_or_path)
-        self.requires_grad_(False)
-        self.train(False)
-        with torch.no_grad():
-            out = self(torch.zeros(1, 3, 224, 224))
-        self.cls_dim, self.patch_dim = out.cls.shape[-1], out.patches.shape[-1]
+        self._freeze()
+        self._measure()
 
     def forward(self, images: Tensor, n_attention: int = 0) -> TeacherOutput:
         """See :class:`Teacher`; there is no attention to imitate."""
@@ -370,8 +373,7 @@ class TetraTeacher(Teacher):
         self.network = load(name_or_path)
         self.cls_dim = self.patch_dim = self.network.config.backbone.width
         self.identity = self.network.content_hash or _digest(self.network)
-        self.requires_grad_(False)
-        self.train(False)
+        self._freeze()
 
     def forward(self, images: Tensor, n_attention: int = 0) -> TeacherOutput:
         """See :class:`Teacher`."""
