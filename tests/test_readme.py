@@ -13,14 +13,11 @@ from pathlib import Path
 import pytest
 
 from tetra.demo.town import write_town_dataset
-from tetra.files import shipped_models
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^    \.venv/bin/tetra (.+)$", README, re.MULTILINE)
 PYTHON = re.findall(r"^```python\n(.+?)^```", README, re.MULTILINE | re.DOTALL)
-
-needs_nano = pytest.mark.skipif("nano" not in shipped_models(), reason="nano does not ship in this checkout")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +44,6 @@ def test_the_readme_has_examples() -> None:
     assert len(PYTHON) == 1
 
 
-@needs_nano
 @pytest.mark.parametrize(
     "command",
     [pytest.param(c, marks=pytest.mark.slow) if c.startswith("bench") else c for c in COMMANDS],
@@ -60,7 +56,6 @@ def test_commands_run_as_written(command: str, folder: Path) -> None:
         assert json.loads((folder / arguments[arguments.index("--json") + 1]).read_text())
 
 
-@needs_nano
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_runs_as_written(code: str, folder: Path) -> None:
     checks = "assert codes.shape == (2, model.n_bits // 8) and floats.shape == (2, model.n_bits)\nassert rows == 0"
