@@ -10,33 +10,15 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tetra.kernels import row_quantize, ternary_matmul
 from tetra.kernels.backend import HAS_TRITON, check_arch, triton
+from tetra.kernels.specimen import Specimen
 
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
-
-
-@dataclass(frozen=True)
-class Specimen:
-    """One kernel as the launcher would specialise it.
-
-    Attributes:
-        kernel: the ``@triton.jit`` function.
-        signature: argument -> Triton type, such as ``*i8`` or ``i32``, for the arguments known at run time.
-        constants: argument -> value, for constexpr arguments and for pointers that are None.
-        options: ``num_warps``, ``num_stages`` and other compiler options.
-        unaligned: arguments that are not known to be multiples of 16.
-    """
-
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)
-    unaligned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +65,7 @@ def ternary_matmul_specimen(
             constants[name] = None
     warps = {"num_warps": options["num_warps"], "num_stages": options["num_stages"]}
     unaligned = ("M", "n_groups") if aligned_n else ("M", "N", "n_groups")
-    return Specimen(ternary_matmul._ternary_matmul_kernel, signature, constants, warps, unaligned)
+    return Specimen("ternary_matmul", options, ternary_matmul._ternary_matmul_kernel, signature, constants, warps, unaligned)
 
 
 def quantize_rows_specimen(k: int = 768, dtype: str = "fp16") -> Specimen:
@@ -92,7 +74,7 @@ def quantize_rows_specimen(k: int = 768, dtype: str = "fp16") -> Specimen:
     signature = {"x_ptr": f"*{dtype}", "x_q_ptr": "*i8", "scale_ptr": "*fp32", "K": "i32", "stride_x": "i32"}
     constants = {"ONE_BLOCK": k <= block_k, "BLOCK_K": block_k}
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
-    return Specimen(row_quantize._quantize_rows_kernel, signature, constants, options)
+    return Specimen("row_quantize", {"K": k, "dtype": dtype}, row_quantize._quantize_rows_kernel, signature, constants, options)
 
 
 def compile_for(specimen: Specimen, arch: int) -> Compiled:

@@ -1,10 +1,12 @@
 """Choice of backend: the one place that knows which implementation of a kernel runs.
 
-- ``torch``: plain PyTorch, with the fast CPU path; on every device.
+- ``torch``: plain PyTorch; on every device.
+- ``native``: the C++ kernels for CPUs, built on demand (``tetra.kernels.native``); on CPU tensors.
 - ``triton``: the compiled Triton kernel; on CUDA tensors, from sm_80 on.
 - ``interpreter``: the same Triton kernel in Triton's interpreter; on CPU tensors, slow, for tests.
 
-``TETRA_BACKEND`` overrides the choice: ``auto`` (default: Triton where it runs, else torch) or one of these.
+``TETRA_BACKEND`` overrides the choice: ``auto`` (default: Triton where it runs, native on CPUs that have it,
+else torch) or one of these.
 Triton decides when a kernel is *defined* whether it is interpreted, so ``interpreter`` has to be set before
 ``tetra.kernels`` is imported.
 
@@ -21,10 +23,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-Backend = Literal["torch", "triton", "interpreter"]
+from tetra.kernels import native
+
+Backend = Literal["torch", "native", "triton", "interpreter"]
 
 VARIABLE = "TETRA_BACKEND"
-CHOICES = ("auto", "torch", "triton", "interpreter")
+CHOICES = ("auto", "torch", "native", "triton", "interpreter")
 MINIMUM_ARCH = 80
 
 
@@ -98,9 +102,17 @@ def backend_for(tensor: torch.Tensor) -> Backend:
     choice = requested()
     if choice == "auto":
         compiled = tensor.is_cuda and HAS_TRITON and arch_of(tensor.device) >= MINIMUM_ARCH
-        return "triton" if compiled else "torch"
+        if compiled:
+            return "triton"
+        return "native" if tensor.device.type == "cpu" and native.available() else "torch"
     if choice == "torch":
         return "torch"
+    if choice == "native":
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{VARIABLE} is native, but a tensor is on {tensor.device}; set {VARIABLE}=auto")
+        if not native.available():
+            raise ValueError(f"{VARIABLE} is native, but the C++ kernels do not run on this machine; set {VARIABLE}=auto")
+        return "native"
     if not HAS_TRITON:
         raise ValueError(f"{VARIABLE} is {choice}, but Triton is not installed; pip install triton or unset it")
     if choice == "triton":

@@ -152,7 +152,7 @@ def quantize_rows_unchecked(x: Tensor) -> tuple[Tensor, Tensor]:
 
     A row with NaN or infinity gets a scale that is not finite, and codes that mean nothing.
     """
-    return _quantize_rows_torch(x) if backend_for(x) == "torch" else _launch_quantize_rows(x)
+    return _quantize_rows_torch(x) if backend_for(x) in ("torch", "native") else _launch_quantize_rows(x)
 
 
 def check_finite_scale(scale: Tensor) -> None:

@@ -371,7 +371,7 @@ def _launch_ternary_matmul(
 
 @torch.library.custom_op("tetra::ternary_matmul_int32", mutates_args=())
 def _ternary_matmul_int32_op(x_q: Tensor, packed: Tensor) -> Tensor:
-    if backend_for(x_q) == "torch":
+    if backend_for(x_q) in ("torch", "native"):
         return _matmul_torch(x_q, packed)
     return _launch_ternary_matmul(x_q, packed, None, None, None, torch.int32)
 
@@ -383,7 +383,7 @@ def _(x_q: Tensor, packed: Tensor) -> Tensor:
 
 @torch.library.custom_op("tetra::ternary_linear", mutates_args=())
 def _ternary_linear_op(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    if backend_for(x) == "torch":
+    if backend_for(x) in ("torch", "native"):
         return _linear_torch(x, packed, weight_scale, bias)
     x_q, scale = quantize_rows_unchecked(x)
     return _launch_ternary_matmul(x_q, packed, scale, weight_scale, bias, x.dtype)
