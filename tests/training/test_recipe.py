@@ -118,8 +118,35 @@ def test_a_finished_run_is_not_touched_without_resume(recipe: dict[str, Any], tm
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("stage", "change", "said"),
+    [
+        ("distill", {"lr": 0.5}, r"'distill\.lr' was 0\.0004 when the run began and is 0\.5 now"),
+        ("finetune", {"max_steps": 9}, r"'finetune\.max_steps' was 4 when the run began and is 9 now"),
+        ("teacher", {"kind": "transformers"}, r"'teacher\.kind' was 'tetra' when"),
+    ],
+)
+def test_resuming_with_other_settings(
+    recipe: dict[str, Any], tmp_path: Path, stage: str, change: dict[str, Any], said: str
+) -> None:
+    run_recipe(recipe, tmp_path, progress=False)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(TrainingError, match=rf"recipe\.json: {said}.*another folder"):
+        run_recipe({**recipe, stage: {**recipe[stage], **change}}, tmp_path, resume=True, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_may_change_when_resuming(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """How often to write things down, and the settings of a stage that has not begun."""
+    run_recipe({k: v for k, v in recipe.items() if k != "finetune"}, tmp_path, progress=False)
+    recipe["distill"]["loop"]["checkpoint_every"] = 1
+    recipe["finetune"]["lr"] = 2e-4
+    assert run_recipe(recipe, tmp_path, resume=True, progress=False).is_file()
+
+
 def test_resuming_with_another_model(recipe: dict[str, Any], tmp_path: Path) -> None:
     run_recipe(recipe, tmp_path, progress=False)
+    (tmp_path / "recipe.json").unlink()
     other = {**recipe, "backbone": {**recipe["backbone"], "mlp_dim": 2 * recipe["backbone"]["mlp_dim"]}}
     with pytest.raises(TrainingError, match=r"last\.ckpt\.safetensors: of another model: 'model\.backbone") as caught:
         run_recipe(other, tmp_path, resume=True, progress=False)

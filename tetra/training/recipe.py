@@ -6,6 +6,7 @@ import importlib.resources
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -140,6 +141,40 @@ def run_recipe(
         return _run(source, Path(out_dir), resume, data_dir, progress)
 
 
+# What may change between the parts of a run without changing its result.
+_FREE_SETTINGS = ("workers", "threads", "checkpoint_every", "validate_every", "log_every")
+
+
+def _check_same_recipe(recipe: Recipe, out: Path) -> None:
+    """Refuse to go on with a stage under other settings than those that it began with."""
+    file = out / "recipe.json"
+    if not file.is_file():
+        return
+    try:
+        before = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{file}: can't be read ({error}); choose another folder") from None
+    now = json.loads(json.dumps(asdict(recipe)))
+    shared = ("arch", "head", "head_options", "backbone")
+    parts = {"distill": (*shared, "teacher", "distill"), "finetune": (*shared, "finetune")}
+    keys = {key for stage, keys in parts.items() if (out / stage / CHECKPOINT).exists() for key in keys}
+    for key in sorted(keys):
+        for name, old, new in _differences(key, before.get(key), now[key]):
+            raise TrainingError(
+                f"{file}: '{name}' was {old!r} when the run began and is {new!r} now; "
+                "resume with the recipe that the run began with, or choose another folder"
+            )
+
+
+def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of every setting that differs and matters."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new} - set(_FREE_SETTINGS)):
+            yield from _differences(f"{name}.{key}", old.get(key), new.get(key))
+    elif old != new:
+        yield name, old, new
+
+
 def _run(
     source: str | Path | dict[str, Any], out: Path, resume: bool, data_dir: str | Path | None, progress: bool
 ) -> Path:
@@ -160,7 +195,8 @@ def _run(
     except OSError as error:
         raise TrainingError(f"{out}: can't be made a folder ({error.strerror}); choose another one") from None
     base = Path(data_dir) if data_dir is not None else Path(recipe.data_dir)
-    write_json(out / "recipe.json", asdict(recipe))
+    if resume:
+        _check_same_recipe(recipe, out)
     probe = Probe(recipe.probe, model.image_size, base) if recipe.probe else None
     started = time.monotonic()
     facts: dict[str, Any] = {"recipe": recipe.name}
@@ -168,8 +204,11 @@ def _run(
         check_model(model, recipe.finetune)
         place_dataset(model, recipe.finetune, base)
         BinaryMultiSimilarityLoss()
-    if recipe.distill is not None and recipe.teacher is not None:
-        teacher = create_teacher(recipe.teacher, base)
+    teacher = (
+        create_teacher(recipe.teacher, base) if recipe.distill is not None and recipe.teacher is not None else None
+    )
+    write_json(out / "recipe.json", asdict(recipe))
+    if recipe.distill is not None and recipe.teacher is not None and teacher is not None:
         facts["teacher"] = describe_teacher(teacher)
         logger.info("stage 1: distilling %s", recipe.name)
         facts["distill"] = distill(
