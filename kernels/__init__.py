@@ -5,28 +5,40 @@ Triton kernel where there is one. ``backend`` chooses among them. Importing this
 nor a GPU.
 """
 
-from tetra.kernels.attention import attention
-from tetra.kernels.bits import pack_bits, unpack_bits
+from tetra.kernels.attention import attention, attention_qkv, query_scale
+from tetra.kernels.bits import pack_bits, pack_bits_checked, unpack_bits
 from tetra.kernels.hamming_search import hamming_search
-from tetra.kernels.row_quantize import quantize_rows
+from tetra.kernels.layer_norm import layer_norm
+from tetra.kernels.patches import patch_rows
+from tetra.kernels.row_quantize import norm_quantize, quantize_rows
 from tetra.kernels.ternary_matmul import (
     check_packed,
     pack_ternary,
     packed_width,
     ternary_linear,
+    ternary_linear_float,
+    ternary_linear_int8,
     ternary_matmul_int32,
     unpack_ternary,
 )
 
 __all__ = [
     "attention",
+    "attention_qkv",
     "check_packed",
     "hamming_search",
+    "layer_norm",
+    "norm_quantize",
     "pack_bits",
+    "pack_bits_checked",
     "pack_ternary",
     "packed_width",
+    "patch_rows",
     "quantize_rows",
+    "query_scale",
     "ternary_linear",
+    "ternary_linear_float",
+    "ternary_linear_int8",
     "ternary_matmul_int32",
     "unpack_bits",
     "unpack_ternary",

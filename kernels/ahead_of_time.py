@@ -1,24 +1,33 @@
 """Compiles kernels for GPUs that are not there: what the compiler made of a kernel can be read, and tested,
 on any machine.
 
-``compile_for(specimen, arch)`` gives the cubin of one kernel in one configuration; ``disassemble`` gives its
-SASS and its resource usage, which ``tetra.profiling.sass`` reads. Nothing here runs on a GPU, so nothing here
-is a speed.
+``all_specimens(arch)`` lists every kernel in every shipped configuration, ``compile_for(specimen, arch)`` gives
+the cubin of one, ``disassemble`` its SASS and its resource usage, which ``tetra.profiling.sass`` reads. Nothing
+here runs on a GPU, so nothing here is a speed. Triton keeps what it compiled (``~/.triton/cache``), so that a
+second time is quick.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import pkgutil
+import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tetra.kernels import row_quantize, ternary_matmul
-from tetra.kernels.backend import HAS_TRITON, check_arch, triton
+import tetra.kernels
+from tetra.kernels.backend import MINIMUM_TRITON, TRITON_PROBLEM, check_arch, triton
 from tetra.kernels.specimen import Specimen
 
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
+
+_ENCODING = re.compile(r"\n?[ \t]*/\* 0x[0-9a-f]+ \*/")
 
 
 @dataclass(frozen=True)
@@ -31,71 +40,85 @@ class Compiled:
     num_warps: int
 
 
-def ternary_matmul_specimen(
-    config: tuple[int, ...] = ternary_matmul.CONFIGS[0],
-    *,
-    raw: bool = False,
-    out: str = "fp16",
-    aligned_n: bool = True,
-    inline_asm: bool = True,
-) -> Specimen:
-    """The packed product: ``out`` is fp16, bf16 or fp32; ``raw`` gives int32 accumulators instead.
+def check_known_arch(arch: int) -> None:
+    """ValueError for a compute capability that kernels are not compiled for (80 means sm_80)."""
+    check_arch(arch)
+    if arch not in ARCHITECTURES:
+        known = ", ".join(f"sm_{known}" for known in ARCHITECTURES)
+        raise ValueError(f"arch: sm_{arch} is unknown; wanted one of {known}")
 
-    ``aligned_n`` says that N is a multiple of 16.
+
+def parse_arch(text: str | int) -> int:
+    """80 from ``sm_80``, ``80`` or 80. ValueError for anything that is not an architecture to compile for."""
+    found = re.fullmatch(r"(?:sm_)?(\d{2,3})", str(text).strip().lower())
+    if found is None:
+        known = ", ".join(f"sm_{known}" for known in ARCHITECTURES)
+        raise ValueError(f"arch: {text!r} is not an architecture; wanted one of {known}")
+    check_known_arch(int(found[1]))
+    return int(found[1])
+
+
+def check_compiler() -> None:
+    """RuntimeError unless this process can compile kernels: it needs Triton, not too old, not interpreting; no GPU."""
+    if TRITON_PROBLEM is not None:
+        wanted = ".".join(map(str, MINIMUM_TRITON))
+        raise RuntimeError(f"compiling kernels needs Triton {wanted} or newer: {TRITON_PROBLEM}")
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("the kernels were imported for Triton's interpreter; unset TETRA_BACKEND and start again")
+
+
+@cache
+def _sources() -> dict[str, Callable[[int], list[Specimen]]]:
+    """File name -> its ``specimens``, for every file of this package that has compiled kernels."""
+    found = {}
+    for module in pkgutil.iter_modules(tetra.kernels.__path__):
+        lister = getattr(importlib.import_module(f"tetra.kernels.{module.name}"), "specimens", None)
+        if lister is not None:
+            found[module.name] = lister
+    return found
+
+
+def kernel_names() -> list[str]:
+    """Names of the files with compiled kernels, which ``all_specimens`` takes."""
+    return sorted(_sources())
+
+
+def check_kernel(kernel: str) -> None:
+    """ValueError unless ``kernel`` is one of :func:`kernel_names`."""
+    if kernel not in kernel_names():
+        raise ValueError(f"kernel: {kernel!r} is unknown; wanted one of {', '.join(kernel_names())}")
+
+
+def all_specimens(arch: int, kernel: str | None = None) -> list[Specimen]:
+    """Every kernel in every configuration that is shipped for compute capability ``arch``, file by file.
+
+    Args:
+        arch: 80 for sm_80.
+        kernel: only those of this file.
+
+    Raises:
+        ValueError: ``arch`` or ``kernel`` is unknown.
     """
-    options = dict(zip(ternary_matmul.CONFIG_FIELDS, config, strict=True))
-    constants: dict[str, Any] = {
-        "RAW": raw,
-        "HAS_BIAS": not raw,
-        "INLINE_ASM": inline_asm,
-        **{name: options[name] for name in ("BLOCK_M", "BLOCK_N")},
-    }
-    signature = {
-        "x_ptr": "*i8",
-        "packed_ptr": "*u8",
-        "scale_ptr": "*fp32",
-        "weight_scale_ptr": "*fp32",
-        "bias_ptr": "*fp32",
-        "out_ptr": "*i32" if raw else f"*{out}",
-        **dict.fromkeys(("M", "N", "stride_x", "stride_out", "n_groups"), "i32"),
-    }
-    if raw:
-        for name in ("scale_ptr", "weight_scale_ptr", "bias_ptr"):
-            del signature[name]
-            constants[name] = None
-    warps = {"num_warps": options["num_warps"], "num_stages": options["num_stages"]}
-    unaligned = ("M", "n_groups") if aligned_n else ("M", "N", "n_groups")
-    return Specimen("ternary_matmul", options, ternary_matmul._ternary_matmul_kernel, signature, constants, warps, unaligned)
-
-
-def quantize_rows_specimen(k: int = 768, dtype: str = "fp16") -> Specimen:
-    """The row quantiser for rows of ``k`` values of ``dtype`` (fp16, bf16, fp32)."""
-    block_k, num_warps = next((row for row in row_quantize.CONFIGS if k <= row[0]), row_quantize.CONFIGS[-1])
-    signature = {"x_ptr": f"*{dtype}", "x_q_ptr": "*i8", "scale_ptr": "*fp32", "K": "i32", "stride_x": "i32"}
-    constants = {"ONE_BLOCK": k <= block_k, "BLOCK_K": block_k}
-    options = {"num_warps": num_warps, "enable_fp_fusion": False}
-    return Specimen("row_quantize", {"K": k, "dtype": dtype}, row_quantize._quantize_rows_kernel, signature, constants, options)
+    check_known_arch(arch)
+    if kernel is not None:
+        check_kernel(kernel)
+    return [found for name in ([kernel] if kernel else kernel_names()) for found in _sources()[name](arch)]
 
 
 def compile_for(specimen: Specimen, arch: int) -> Compiled:
     """Machine code of ``specimen`` for compute capability ``arch`` (80 means sm_80).
 
-    Raises ValueError for an architecture that is not supported and RuntimeError without Triton, or where
-    Triton interprets.
+    Raises ValueError for an architecture that is not supported and RuntimeError without Triton, with one that is
+    too old, or where it interprets.
     """
-    check_arch(arch)
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"arch: sm_{arch} is unknown; wanted one of {', '.join(map(str, ARCHITECTURES))}")
-    if not HAS_TRITON:
-        raise RuntimeError("compiling kernels needs Triton, which is not installed; pip install triton")
-    if not isinstance(specimen.kernel, triton.runtime.JITFunction):
-        raise RuntimeError("the kernels were imported for the interpreter; unset TETRA_BACKEND")
+    check_known_arch(arch)
+    check_compiler()
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = specimen.kernel.arg_names
     types = {name: specimen.signature.get(name, "constexpr") for name in names}
-    aligned = {
+    aligned: dict[tuple[int, ...], Any] = {
         (names.index(name),): [["tt.divisibility", 16]] for name in specimen.signature if name not in specimen.unaligned
     }
     source = ASTSource(fn=specimen.kernel, signature=types, constexprs=specimen.constants, attrs=aligned)
@@ -104,13 +127,31 @@ def compile_for(specimen: Specimen, arch: int) -> Compiled:
 
 
 def disassemble(compiled: Compiled) -> tuple[str, str]:
-    """(SASS, resource usage) as the ``cuobjdump`` that comes with Triton prints them."""
+    """(SASS without its encoding, resource usage), as the ``cuobjdump`` that comes with Triton prints them.
+
+    Kept in Triton's cache by the content of the cubin.
+    """
+    from triton.runtime.cache import get_cache_manager
+
+    manager = get_cache_manager(hashlib.sha256(compiled.cubin).hexdigest())
+    texts = []
+    for option in ("sass", "res-usage"):
+        kept = manager.get_file(f"cuobjdump-{option}.txt")
+        if kept is not None:
+            texts.append(Path(kept).read_text())
+            continue
+        text = _ENCODING.sub("", _cuobjdump(compiled.cubin, option))
+        manager.put(text, f"cuobjdump-{option}.txt", binary=False)
+        texts.append(text)
+    return texts[0], texts[1]
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.cubin)
-        texts = []
-        for option in ("-sass", "-res-usage"):
-            done = subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True)
-            texts.append(done.stdout + done.stderr)
-    return texts[0], texts[1]
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        done = subprocess.run([tool, f"-{option}", file], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"cuobjdump -{option} failed: {(done.stderr or done.stdout).strip()[:200]}")
+    return done.stdout + done.stderr

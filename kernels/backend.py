@@ -10,13 +10,16 @@ else torch) or one of these.
 Triton decides when a kernel is *defined* whether it is interpreted, so ``interpreter`` has to be set before
 ``tetra.kernels`` is imported.
 
-Triton is optional. When it is missing, ``triton`` and ``tl`` below are stand-ins that let the kernel files be
-imported; the kernels in them cannot be launched.
+Triton is optional. When it is missing or too old, ``triton`` and ``tl`` below are stand-ins that let the kernel
+files be imported; the kernels in them cannot be launched. Where a GPU could run compiled kernels but does not,
+one warning a device says why.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +33,7 @@ Backend = Literal["torch", "native", "triton", "interpreter"]
 VARIABLE = "TETRA_BACKEND"
 CHOICES = ("auto", "torch", "native", "triton", "interpreter")
 MINIMUM_ARCH = 80
+MINIMUM_TRITON = (3, 5)
 
 
 def requested() -> str:
@@ -53,11 +57,17 @@ class _MissingTriton:
         return None
 
 
+def _is_too_old(version: str) -> bool:
+    """Whether a version of Triton such as "3.4.0+git12" is below MINIMUM_TRITON."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < MINIMUM_TRITON
+
+
 if TYPE_CHECKING:
     import triton
     import triton.language as tl
 
     HAS_TRITON: bool
+    TRITON_PROBLEM: str | None
 else:
     if os.environ.get(VARIABLE, "").strip().lower() == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"  # read by triton.jit when a kernel is defined
@@ -65,10 +75,20 @@ else:
         import triton
         import triton.language as tl
 
-        HAS_TRITON = True
+        TRITON_PROBLEM = None
+        if _is_too_old(triton.__version__):
+            wanted = ".".join(map(str, MINIMUM_TRITON))
+            TRITON_PROBLEM = f"Triton {triton.__version__} is too old; pip install 'triton>={wanted}'"
     except ImportError:
+        TRITON_PROBLEM = "Triton is not installed; pip install triton"
+    HAS_TRITON = TRITON_PROBLEM is None
+    if not HAS_TRITON:
         triton = tl = _MissingTriton()
-        HAS_TRITON = False
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what the kernels run on, for reports; None for what is not installed."""
+    return {"torch": torch.__version__, "triton": triton.__version__ if HAS_TRITON else None}
 
 
 @cache
@@ -89,6 +109,30 @@ def check_arch(arch: int) -> None:
         )
 
 
+@cache
+def why_not_compiled(device: torch.device) -> str | None:
+    """Why no compiled Triton kernel can run on ``device``, in a few words; None where it can."""
+    if device.type != "cuda":
+        return f"there are none for {device.type} devices"
+    if torch.version.hip is not None:
+        return "there are none for AMD GPUs"
+    if TRITON_PROBLEM is not None:
+        return TRITON_PROBLEM
+    try:
+        check_arch(arch_of(device))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@cache
+def _warn_of_plain_torch(device: torch.device) -> None:
+    warnings.warn(
+        f"the kernels run in plain PyTorch on {device}, with the same results but slower: {why_not_compiled(device)}",
+        stacklevel=4,
+    )
+
+
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one, which is where Triton launches; nothing for CPU tensors."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
@@ -101,20 +145,24 @@ def backend_for(tensor: torch.Tensor) -> Backend:
     """
     choice = requested()
     if choice == "auto":
-        compiled = tensor.is_cuda and HAS_TRITON and arch_of(tensor.device) >= MINIMUM_ARCH
-        if compiled:
+        if tensor.device.type == "cpu":
+            return "native" if native.available() else "torch"
+        if why_not_compiled(tensor.device) is None:
             return "triton"
-        return "native" if tensor.device.type == "cpu" and native.available() else "torch"
+        _warn_of_plain_torch(tensor.device)
+        return "torch"
     if choice == "torch":
         return "torch"
     if choice == "native":
         if tensor.device.type != "cpu":
             raise ValueError(f"{VARIABLE} is native, but a tensor is on {tensor.device}; set {VARIABLE}=auto")
         if not native.available():
-            raise ValueError(f"{VARIABLE} is native, but the C++ kernels do not run on this machine; set {VARIABLE}=auto")
+            raise ValueError(
+                f"{VARIABLE} is native, but the C++ kernels do not run on this machine; set {VARIABLE}=auto"
+            )
         return "native"
     if not HAS_TRITON:
-        raise ValueError(f"{VARIABLE} is {choice}, but Triton is not installed; pip install triton or unset it")
+        raise ValueError(f"{VARIABLE} is {choice}, but {TRITON_PROBLEM}, or unset {VARIABLE}")
     if choice == "triton":
         if not tensor.is_cuda:
             raise ValueError(f"{VARIABLE} is triton, but a tensor is on {tensor.device}; set {VARIABLE}=auto")

@@ -2,6 +2,7 @@
 
 Contract
     pack_bits(values [..., D]) -> uint8 [..., ceil(D / 8)]
+    pack_bits_checked(values [..., D]) -> (the same, finite bool [...]): whether a row holds no NaN or infinity
     unpack_bits(codes uint8 [..., B], n_bits) -> bool [..., n_bits]
 
 A bit is ``value > 0``, everywhere. The most significant bit of a byte comes first and the last byte is filled
@@ -10,18 +11,21 @@ with zeros, as ``numpy.packbits`` does. NaN is not greater than zero, so it give
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from tetra.kernels.backend import backend_for, on_device_of, tl, triton
+from tetra.kernels.specimen import Specimen
 
 _BIT_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
-def pack_bits(values: Tensor) -> Tensor:
-    """Signs of ``values`` (float, integer or bool, [..., D]) as bytes: uint8 [..., ceil(D / 8)]."""
-    if values.ndim == 0:
-        raise ValueError("values: a scalar has no last dimension to pack; give a tensor of shape [..., D]")
-    if values.is_complex():
-        raise TypeError(f"values: {values.dtype} has no sign; give a real or bool tensor")
+# --- reference and CPU -------------------------------------------------------------------------------------
+
+
+def _pack_bits_torch(values: Tensor) -> Tensor:
     bits = values if values.dtype == torch.bool else values > 0
     missing = -bits.shape[-1] % 8
     if missing:
@@ -29,6 +33,142 @@ def pack_bits(values: Tensor) -> Tensor:
     grouped = bits.reshape(*bits.shape[:-1], bits.shape[-1] // 8, 8)
     weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=bits.device)
     return (grouped * weights).sum(-1, dtype=torch.uint8)
+
+
+# --- Triton ------------------------------------------------------------------------------------------------
+
+CONFIG_FIELDS = ("BLOCK_BYTES", "num_warps")
+CONFIGS = ((128, 4),)
+
+
+def cost(rows: int, d: int, value_bytes: int = 4) -> tuple[int, int]:
+    """(operations, bytes moved at least) of packing [rows, d]: a comparison and an addition a value."""
+    return 2 * rows * d, rows * d * value_bytes + rows * -(-d // 8)
+
+
+@triton.jit
+def _pack_bits_kernel(
+    values_ptr,  # any real type [rows, D], rows contiguous
+    codes_ptr,  # uint8 [rows, ceil(D / 8)], contiguous
+    not_finite_ptr,  # int32 [rows], zeros, or None: set where a row holds NaN or infinity
+    D,
+    n_blocks,  # of BLOCK_BYTES bytes, a row
+    stride,  # of a row of values, in elements
+    BLOCK_BYTES: tl.constexpr,
+):
+    row = (tl.program_id(0) // n_blocks).to(tl.int64)
+    first = tl.program_id(0) % n_blocks * BLOCK_BYTES
+    byte = first + tl.arange(0, BLOCK_BYTES)
+    bit = tl.arange(0, 8)[None, :]
+    value = byte[:, None] * 8 + bit
+    values = tl.load(values_ptr + row * stride + value, mask=value < D, other=0)
+    if values.dtype == tl.bfloat16:  # which not every chip, nor Triton's interpreter, calculates with
+        values = values.to(tl.float32)
+    codes = tl.sum((values > 0).to(tl.int32) << (7 - bit), 1)
+    width = (D + 7) // 8
+    tl.store(codes_ptr + row * width + byte, codes.to(tl.uint8), mask=byte < width)
+    if not_finite_ptr is not None:
+        # x - x is 0, or NaN, which no comparison holds for, where x is not finite.
+        strange = tl.max((values - values != 0).to(tl.int32).reshape(8 * BLOCK_BYTES))
+        tl.atomic_or(not_finite_ptr + row, 1, mask=strange != 0, sem="relaxed")
+
+
+def _launch_pack_bits(values: Tensor, checked: bool) -> tuple[Tensor, Tensor | None]:
+    """Codes of values [rows, D] and, if ``checked``, int32 [rows], not 0 where a row is not finite."""
+    rows, d = values.shape
+    values = values if values.stride(1) == 1 else values.contiguous()
+    values = values.to(torch.uint8) if values.dtype == torch.bool else values
+    codes = torch.empty((rows, -(-d // 8)), dtype=torch.uint8, device=values.device)
+    not_finite = torch.zeros(rows, dtype=torch.int32, device=values.device) if checked else None
+    if codes.numel():
+        options = dict(zip(CONFIG_FIELDS, CONFIGS[0], strict=True))
+        n_blocks = triton.cdiv(codes.shape[1], options["BLOCK_BYTES"])
+        with on_device_of(values):
+            _pack_bits_kernel[(rows * n_blocks,)](values, codes, not_finite, d, n_blocks, values.stride(0), **options)
+    return codes, not_finite
+
+
+def specimens(arch: int) -> list[Specimen]:
+    """Rows of descriptors, with and without the check."""
+    return [_specimen(dtype, checked) for dtype in ("fp16", "fp32") for checked in (False, True)]
+
+
+def _specimen(dtype: str, checked: bool) -> Specimen:
+    options = dict(zip(CONFIG_FIELDS, CONFIGS[0], strict=True))
+    signature = {"values_ptr": f"*{dtype}", "codes_ptr": "*u8"}
+    if checked:
+        signature["not_finite_ptr"] = "*i32"
+    constants = {} if checked else {"not_finite_ptr": None}
+    return Specimen(
+        name="bits",
+        config={"dtype": dtype, "checked": checked, **options},
+        kernel=_pack_bits_kernel,
+        signature=signature | dict.fromkeys(("D", "n_blocks", "stride"), "i32"),
+        constants=constants | {"BLOCK_BYTES": options["BLOCK_BYTES"]},
+        options={"num_warps": options["num_warps"]},
+        unaligned=("n_blocks",),
+    )
+
+
+# --- torch operators ---------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tetra::pack_bits", mutates_args=())
+def _pack_bits_op(values: Tensor) -> Tensor:
+    if backend_for(values) in ("triton", "interpreter"):
+        return _launch_pack_bits(values, False)[0]
+    return _pack_bits_torch(values)
+
+
+@_pack_bits_op.register_fake
+def _(values: Tensor) -> Tensor:
+    return values.new_empty((values.shape[0], (values.shape[1] + 7) // 8), dtype=torch.uint8)
+
+
+@torch.library.custom_op("tetra::pack_bits_checked", mutates_args=())
+def _pack_bits_checked_op(values: Tensor) -> tuple[Tensor, Tensor]:
+    if backend_for(values) in ("triton", "interpreter"):
+        codes, not_finite = _launch_pack_bits(values, True)
+        return codes, not_finite == 0  # type: ignore[return-value]
+    return _pack_bits_torch(values), torch.isfinite(values).all(dim=-1)
+
+
+@_pack_bits_checked_op.register_fake
+def _(values: Tensor) -> tuple[Tensor, Tensor]:
+    codes = values.new_empty((values.shape[0], (values.shape[1] + 7) // 8), dtype=torch.uint8)
+    return codes, values.new_empty(values.shape[0], dtype=torch.bool)
+
+
+# --- public ------------------------------------------------------------------------------------------------
+
+
+def _check_values(values: Tensor) -> None:
+    if values.ndim == 0:
+        raise ValueError("values: a scalar has no last dimension to pack; give a tensor of shape [..., D]")
+    if values.is_complex():
+        raise TypeError(f"values: {values.dtype} has no sign; give a real or bool tensor")
+
+
+def _as_rows(values: Tensor) -> Tensor:
+    """[rows, D]; written out because a view cannot tell how many rows there are when D is 0."""
+    return values.detach().reshape(math.prod(values.shape[:-1]), values.shape[-1])
+
+
+def pack_bits(values: Tensor) -> Tensor:
+    """Signs of ``values`` (float, integer or bool, [..., D]) as bytes: uint8 [..., ceil(D / 8)]."""
+    _check_values(values)
+    codes = _pack_bits_op(_as_rows(values))
+    return codes.view(*values.shape[:-1], codes.shape[-1])
+
+
+def pack_bits_checked(values: Tensor) -> tuple[Tensor, Tensor]:
+    """``pack_bits`` and, for every row, whether all its values are finite: uint8 [..., ceil(D / 8)], bool [...].
+
+    So descriptors can be refused without ever being written as floats.
+    """
+    _check_values(values)
+    codes, finite = _pack_bits_checked_op(_as_rows(values))
+    return codes.view(*values.shape[:-1], codes.shape[-1]), finite.view(values.shape[:-1])
 
 
 def unpack_bits(codes: Tensor, n_bits: int) -> Tensor:

@@ -28,19 +28,23 @@ Source of the arithmetic: TeTRA (arXiv 2503.02511), inference of a ternary layer
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tetra.autotune.table import lookup
+from tetra.kernels import native
 from tetra.kernels.backend import arch_of, backend_for, on_device_of, tl, triton
+from tetra.kernels.gelu import gelu_in_registers
 from tetra.kernels.row_quantize import check_finite_scale, quantize_rows_unchecked
+from tetra.kernels.specimen import Specimen
 
 GROUP = 128  # values along K that are packed together
 GROUP_BYTES = 32
 PLANES = 4  # values a byte
 UNPACKED_ONE = 64  # what the Triton kernel's planes hold for a code of +1
+OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_K = (2**31 - 1) // (128 * UNPACKED_ONE)  # |accumulator| <= 128 * 64 * K has to stay below 2^31
 
 
@@ -128,10 +132,47 @@ def ternary_matmul_int32_reference(x_q: Tensor, packed: Tensor) -> Tensor:
 
 
 def dequantize(product: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """product int32 [M, N] * (scale [M] * weight_scale) + bias [N], in float32."""
+    """product [M, N] * (scale [M] * weight_scale) + bias [N], in float32."""
     row_scale = (scale * weight_scale).unsqueeze(-1)
     out = product.to(torch.float32)
     return out.mul_(row_scale) if bias is None else torch.addcmul(bias, out, row_scale, out=out)
+
+
+def ternary_linear_reference(
+    x: Tensor,
+    scale: Tensor | float,
+    packed: Tensor,
+    weight_scale: Tensor | float,
+    bias: Tensor | None = None,
+    *,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    scaled_columns: int = 0,
+    column_scale: float = 1.0,
+) -> Tensor:
+    """``ternary_linear_int8`` (x int8 [M, K], scale [M]) and ``ternary_linear_float`` (x float, scale 1) in float64."""
+    codes = unpack_ternary(packed, x.shape[1])
+    row_scale = torch.as_tensor(scale * weight_scale, dtype=torch.float64).reshape(-1, 1)
+    y = (x.to(torch.float64) @ codes.to(torch.float64).T) * row_scale
+    if bias is not None:
+        y = y + bias.to(torch.float64)
+    if gelu:
+        y = 0.5 * y * (1 + torch.erf(y / 2**0.5))
+    y[:, :scaled_columns] *= column_scale
+    return y if residual is None else y + residual.to(torch.float64)
+
+
+class Epilogue(NamedTuple):
+    """What follows a product in the same launch, in this order, in float32; see ``ternary_linear_int8``."""
+
+    bias: Tensor | None = None
+    gelu: bool = False
+    residual: Tensor | None = None  # added after the columns are scaled
+    scaled_columns: int = 0
+    column_scale: float = 1.0
+
+    def with_float32_bias(self) -> Epilogue:
+        return self if self.bias is None else self._replace(bias=self.bias.to(torch.float32))
 
 
 # --- CPU ---------------------------------------------------------------------------------------------------
@@ -159,16 +200,17 @@ def _unpack_interleaved(packed: Tensor) -> Tensor:
     return _unpack_table(packed.device).index_select(0, pairs).view(torch.int8).view(n, PLANES * width)
 
 
-def _interleave(x_q: Tensor, width: int) -> Tensor:
-    """[M, K] in the order of ``_unpack_interleaved``, padded with zeros to [M, 4 width].
+def _interleave(x: Tensor, width: int) -> Tensor:
+    """x int8 or float32 [M, K] in the order of ``_unpack_interleaved``, padded with zeros to [M, 4 width].
 
     The products do not care about the order along K, and the activations are cheaper to reorder than the
-    weights: there are fewer of them. Two neighbours move together, as one int16.
+    weights: there are fewer of them. Two neighbours move together, as one number of twice the size.
     """
-    m, k = x_q.shape
-    x_q = torch.nn.functional.pad(x_q, (0, PLANES * width - k)) if k < PLANES * width else _aligned(x_q)
-    planes = x_q.view(torch.int16).view(m * (width // GROUP_BYTES), PLANES, GROUP_BYTES // 2)
-    return torch.stack(planes.unbind(1), dim=-1).view(torch.int8).view(m, PLANES * width)
+    m, k = x.shape
+    both = torch.int16 if x.dtype == torch.int8 else torch.int64
+    x = torch.nn.functional.pad(x, (0, PLANES * width - k)) if k < PLANES * width else _aligned(x)
+    planes = x.view(both).view(m * (width // GROUP_BYTES), PLANES, GROUP_BYTES // 2)
+    return torch.stack(planes.unbind(1), dim=-1).view(x.dtype).view(m, PLANES * width)
 
 
 @cache
@@ -192,53 +234,155 @@ def _product_int32(x_q: Tensor, codes: Tensor) -> Tensor:
     return _product_in_floats(x_q, codes)
 
 
-def _split_rows(x: Tensor) -> tuple[Tensor, ...]:
+def _parts_of_rows(m: int) -> list[slice]:
     """Parts of about equal size, of at most ``_ROWS_AT_A_TIME`` rows."""
-    n_parts = max(-(-len(x) // _ROWS_AT_A_TIME), 1)
-    return x.split(max(-(-len(x) // n_parts), 1))
+    n_parts = max(-(-m // _ROWS_AT_A_TIME), 1)
+    size = max(-(-m // n_parts), 1)
+    return [slice(start, start + size) for start in range(0, max(m, 1), size)]
 
 
 def _matmul_torch(x_q: Tensor, packed: Tensor) -> Tensor:
     """The exact product in plain torch, on any device."""
     codes, width = _unpack_interleaved(packed), packed.shape[1]
-    parts = [_product_int32(_interleave(part, width), codes) for part in _split_rows(x_q)]
+    parts = [_product_int32(_interleave(x_q[rows], width), codes) for rows in _parts_of_rows(len(x_q))]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _finish(
+    product: Tensor, scale: Tensor, weight_scale: Tensor, epilogue: Epilogue, rows: slice, out_dtype: torch.dtype
+) -> Tensor:
+    """Dequantises the product of some of the rows, and what follows, in float32."""
+    out = dequantize(product, scale, weight_scale, epilogue.bias)
+    if epilogue.gelu:
+        out = torch.nn.functional.gelu(out)
+    if epilogue.scaled_columns:
+        out[:, : epilogue.scaled_columns] *= epilogue.column_scale
+    if epilogue.residual is not None:
+        out += epilogue.residual[rows]
+    return out.to(out_dtype)
+
+
+def _linear_int8_torch(
+    x_q: Tensor, scale: Tensor, packed: Tensor, weight_scale: Tensor, epilogue: Epilogue, out_dtype: torch.dtype
+) -> Tensor:
+    """The layer on quantised rows in plain torch, on any device."""
+    codes, width = _unpack_interleaved(packed), packed.shape[1]
+    epilogue = epilogue.with_float32_bias()
+    out = []
+    for rows in _parts_of_rows(len(x_q)):
+        product = _product_int32(_interleave(x_q[rows], width), codes)
+        out.append(_finish(product, scale[rows], weight_scale, epilogue, rows, out_dtype))
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def _linear_torch(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer in plain torch, on any device."""
+    """The layer that quantises its rows in plain torch, on any device."""
     codes, width = _unpack_interleaved(packed), packed.shape[1]
-    bias = None if bias is None else bias.to(torch.float32)
-    parts = []
-    for part in _split_rows(x):
-        x_q, scale = quantize_rows_unchecked(part)
+    epilogue = Epilogue(bias).with_float32_bias()
+    out = []
+    for rows in _parts_of_rows(len(x)):
+        x_q, scale = quantize_rows_unchecked(x[rows])
         product = _product_int32(_interleave(x_q, width), codes)
-        parts.append(dequantize(product, scale, weight_scale, bias).to(x.dtype))
+        out.append(_finish(product, scale, weight_scale, epilogue, rows, x.dtype))
         if x.device.type == "cpu":  # elsewhere a look at the values would stop the queue of launches
             check_finite_scale(scale)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _linear_float_torch(x: Tensor, packed: Tensor, weight_scale: Tensor, epilogue: Epilogue) -> Tensor:
+    """The layer on float rows in plain torch, on any device: float32 products of any of the dtypes."""
+    codes, width = _unpack_interleaved(packed).to(torch.float32), packed.shape[1]
+    epilogue = epilogue.with_float32_bias()
+    out = []
+    for rows in _parts_of_rows(len(x)):
+        product = _interleave(x[rows].to(torch.float32), width) @ codes.T
+        out.append(_finish(product, product.new_ones(len(product)), weight_scale, epilogue, rows, x.dtype))
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 # --- Triton ----------------------------------------------------------------------------------------------
 
-# Tile of outputs (rows of x, rows of the weight), warps, pipeline stages. The first row is what runs when
-# nothing better is known for the chip and the shape.
-CONFIG_FIELDS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+# Tile of outputs (rows of x, rows of the weight); groups of 128 values along K an iteration, at most; parts that
+# K is split into, each summed by its own block; warps; pipeline stages. ``default_config`` chooses among them
+# where no measurement is shipped for the chip and the shape.
+CONFIG_FIELDS = ("BLOCK_M", "BLOCK_N", "GROUPS", "SPLIT_K", "num_warps", "num_stages")
 CONFIGS = (
-    (128, 128, 4, 3),
-    (128, 64, 4, 3),
-    (64, 64, 4, 4),
-    (32, 64, 4, 4),
-    (16, 64, 4, 4),
+    (128, 128, 1, 1, 4, 3),
+    (128, 128, 2, 1, 4, 3),
+    (256, 128, 2, 1, 8, 3),
+    (64, 128, 2, 1, 4, 3),
+    (64, 64, 2, 1, 4, 3),
+    (64, 64, 1, 4, 4, 4),
+    (32, 64, 2, 1, 4, 3),
+    (32, 64, 1, 4, 4, 4),
+    (16, 64, 2, 1, 4, 3),
+    (16, 64, 1, 8, 4, 4),
 )
+# Rows that do not pay everywhere: two blocks an SM take 160 KiB; 208 KiB, and tiles for two warp groups.
+_ONLY_ON = {CONFIGS[1]: (80, 87, 90, 100), CONFIGS[2]: (90,)}
+_LARGEST_BLOCK_M = {1: 256, 2: 64, 4: 32}  # by bytes a value of x: registers, and tensor memory on sm_100
+
+# For predictions: int8 multiply-adds a clock of one multiprocessor's tensor cores by the instructions that Triton
+# uses (from NVIDIA's data sheets; sm_100's, for instructions older than its own, is a guess), bytes a clock from
+# the L2 cache to a multiprocessor, clocks from asking for bytes to having them.
+_MACS_PER_CLOCK = {80: 2048, 86: 1024, 87: 2048, 89: 1024, 90: 4096, 100: 2048, 120: 1024}
+_L2_BYTES_PER_CLOCK = 64
+_LATENCY = 800
 
 
-def cost(m: int, n: int, k: int, out_bytes: int = 2) -> tuple[int, int]:
-    """(integer operations, bytes moved at least) of one product.
+def cost(m: int, n: int, k: int, out_bytes: int = 2, *, residual: bool = False, x_bytes: int = 1) -> tuple[int, int]:
+    """(operations, bytes moved at least) of one product and what follows it.
 
-    A multiply-add counts as two operations; every tensor moves once.
+    A multiply-add counts as two operations; every tensor moves once: x with a float32 scale a row (if quantised),
+    the packed weight with a float32 bias a row, the result and, where there is one, a residual of the same size.
     """
-    return 2 * m * n * k, m * k + n * packed_width(k) + m * n * out_bytes
+    n_bytes = m * k * x_bytes + n * (packed_width(k) + 4) + m * n * out_bytes * (1 + residual)
+    return 2 * m * n * k, n_bytes + (4 * m if x_bytes == 1 else 0)
+
+
+def configs_for(arch: int, x_bytes: int = 1) -> tuple[tuple[int, ...], ...]:
+    """The rows of ``CONFIGS`` that suit compute capability ``arch`` (80 means sm_80) and x of so many bytes a value."""
+    return tuple(
+        row for row in CONFIGS if row[0] <= _LARGEST_BLOCK_M[x_bytes] and (row not in _ONLY_ON or arch in _ONLY_ON[row])
+    )
+
+
+def predicted_clocks(config: tuple[int, ...], arch: int, n_sms: int, m: int, n: int, k: int, x_bytes: int = 1) -> float:
+    """Clocks that a product takes, *predicted*, to rank configurations where nothing was measured.
+
+    A multiprocessor gets t = ceil(blocks / n_sms) blocks and holds r of them at once. A group of 128 values along
+    K keeps its tensor cores busy for BLOCK_M * BLOCK_N * 128 * x_bytes / macs clocks, its port to the L2 cache for
+    (128 * BLOCK_M * x_bytes + 32 * BLOCK_N) / 64, its integer units for 7 instructions every 16 weights and 24 a
+    warp and iteration, and a block waits for it at least latency / (groups in flight). So the loop takes, if nothing
+    overlaps, groups * max(t * (sum of the first three), ceil(t / r) * the last), and the result as long as 4 bytes a
+    value through the same port. Splitting K adds a write, a read and two latencies.
+    """
+    block_m, block_n, groups_at_once, split_k, warps, stages = config
+    blocks = -(-m // block_m) * -(-n // block_n) * split_k
+    in_turn = -(-blocks // n_sms)
+    at_once = max(min(32768 // (block_m * block_n), 4), 1)
+    groups = -(-k // (GROUP * split_k))
+    products = block_m * block_n * GROUP * x_bytes / _MACS_PER_CLOCK.get(arch, 2048)
+    loads = (GROUP * block_m * x_bytes + GROUP_BYTES * block_n) / _L2_BYTES_PER_CLOCK
+    unpacking = (block_n * GROUP * 7 / 16 + 24 * 32 * warps / groups_at_once) / 64  # 64 a clock
+    waiting = _LATENCY / (groups_at_once * (stages - 1))
+    loop = groups * max(in_turn * (products + loads + unpacking), -(-in_turn // at_once) * waiting)
+    written = in_turn * block_m * block_n * 4 / _L2_BYTES_PER_CLOCK
+    if split_k > 1:
+        written += 2 * written + 2 * _LATENCY
+    return _LATENCY + loop + written
+
+
+def default_config(arch: int, n_sms: int, m: int, n: int, k: int, x_bytes: int = 1) -> tuple[int, ...]:
+    """The row of ``CONFIGS`` with the fewest predicted clocks; what runs where nothing was measured."""
+    rows = configs_for(arch, x_bytes)
+    return min(rows, key=lambda row: predicted_clocks(row, arch, n_sms, m, n, k, x_bytes))
+
+
+def shape_key(m: int, n: int, k: int, x_bytes: int = 1) -> str:
+    """Key of a shape among the tuned results; M is rounded up to a power of two."""
+    key = f"m{1 << max(m - 1, 0).bit_length()}_n{n}_k{k}"
+    return key if x_bytes == 1 else f"{key}_x{8 * x_bytes}"
 
 
 @triton.jit
@@ -248,13 +392,30 @@ def _on_four_bytes(packed, PTX: tl.constexpr):
 
 
 @triton.jit
-def _unpack_plane(packed, PLANE: tl.constexpr, INLINE_ASM: tl.constexpr):
-    """int8 tile of 64 * code from the bits 2 * PLANE and 2 * PLANE + 1 of a uint8 tile.
+def _to_four_halves(packed, SHIFT: tl.constexpr):
+    """int16 tile from a uint8 tile: every byte becomes the upper half of its value, is shifted and masked."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 s, t; prmt.b32 s, $2, 0, 0x1404; prmt.b32 t, $2, 0, 0x3424; "
+        + SHIFT
+        + "and.b32 $0, s, 0xC000C000; and.b32 $1, t, 0xC000C000; }",
+        "=r,=r,r",
+        [packed],
+        tl.int16,
+        is_pure=True,
+        pack=4,
+    )
 
-    The pair becomes the top bits of its byte. In PTX four bytes share one 32-bit register, and the mask
-    clears the bits that the shift moves from one byte into the next.
+
+@triton.jit
+def _unpack_plane(packed, PLANE: tl.constexpr, DTYPE: tl.constexpr, INLINE_ASM: tl.constexpr):
+    """Tile of the codes in the bits 2 * PLANE and 2 * PLANE + 1 of a uint8 tile: int8 64 * code, or 2 * code of a
+    float DTYPE.
+
+    The pair becomes the top bits of its value, whatever the type: 01 and 11 there are 64 and -64 of an int8, and
+    the sign and the highest bit of the exponent, 2.0 and -2.0, of every IEEE format and bfloat16. In PTX several
+    values share one 32-bit register, and the mask clears the bits that the shift moves from one into the next.
     """
-    if INLINE_ASM:
+    if INLINE_ASM and DTYPE.is_int8():
         if PLANE == 0:
             plane = _on_four_bytes(packed, "{ .reg .b32 t; shl.b32 t, $1, 6; and.b32 $0, t, 0xC0C0C0C0; }")
         elif PLANE == 1:
@@ -263,117 +424,356 @@ def _unpack_plane(packed, PLANE: tl.constexpr, INLINE_ASM: tl.constexpr):
             plane = _on_four_bytes(packed, "{ .reg .b32 t; shl.b32 t, $1, 2; and.b32 $0, t, 0xC0C0C0C0; }")
         else:
             plane = _on_four_bytes(packed, "and.b32 $0, $1, 0xC0C0C0C0;")
+    elif INLINE_ASM and DTYPE.primitive_bitwidth == 16:
+        if PLANE == 0:
+            halves = _to_four_halves(packed, "shl.b32 s, s, 6; shl.b32 t, t, 6; ")
+        elif PLANE == 1:
+            halves = _to_four_halves(packed, "shl.b32 s, s, 4; shl.b32 t, t, 4; ")
+        elif PLANE == 2:
+            halves = _to_four_halves(packed, "shl.b32 s, s, 2; shl.b32 t, t, 2; ")
+        else:
+            halves = _to_four_halves(packed, "")
+        plane = halves.to(DTYPE, bitcast=True)
+    elif DTYPE.is_int8():
+        plane = ((packed << (6 - 2 * PLANE)) & 0xC0).to(DTYPE, bitcast=True)
+    elif DTYPE.is_fp32():
+        plane = ((packed.to(tl.uint32) << (30 - 2 * PLANE)) & 0xC0000000).to(DTYPE, bitcast=True)
     else:
-        plane = ((packed << (6 - 2 * PLANE)) & 0xC0).to(tl.int8, bitcast=True)
+        plane = ((packed.to(tl.uint16) << (14 - 2 * PLANE)) & 0xC000).to(DTYPE, bitcast=True)
     return plane
 
 
 @triton.jit
-def _ternary_matmul_kernel(
-    x_ptr,  # int8 [M, 128 * n_groups], rows contiguous, zero where K ends earlier
-    packed_ptr,  # uint8 [N, 32 * n_groups], contiguous
-    scale_ptr,  # float32 [M]; unused if RAW
-    weight_scale_ptr,  # float32 [1]; unused if RAW
-    bias_ptr,  # [N], any float; unused unless HAS_BIAS
-    out_ptr,  # [M, stride_out], of which N columns count; int32 if RAW, else fp16, bf16 or fp32
+def _store_outputs(
+    total,  # int32 or float32 tile [rows_n, rows_m] of sums, times 64 or 2
+    rows_m,
+    rows_n,
+    scale_ptr,
+    weight_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
     M,
     N,
-    stride_x,  # of a row, in elements
-    stride_out,  # N rounded up to a multiple of 16, so that stores are 16 bytes wide
-    n_groups,  # of 128 values along K
-    RAW: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    INLINE_ASM: tl.constexpr,
+    stride_residual,
+    scaled_columns,
+    column_scale,
+    GELU: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """All that follows the product, on a tile that fits the registers next to the residual and the result."""
+    mask = (rows_m < M)[None, :] & (rows_n < N)[:, None]
+    out_tile = out_ptr + rows_m.to(tl.int64)[None, :] * N + rows_n[:, None]
+    if weight_scale_ptr is None:
+        tl.store(out_tile, total >> 6, mask=mask)  # exact: every term is a multiple of 64
+    else:
+        # The factor of the unpacked codes goes into the scale, where it is exact.
+        if scale_ptr is None:
+            out = total * (tl.load(weight_scale_ptr) * 0.5)
+        else:
+            row_scale = tl.load(scale_ptr + rows_m % M) * tl.load(weight_scale_ptr) * 0.015625
+            out = total.to(tl.float32) * row_scale[None, :]
+        if bias_ptr is not None:
+            out += tl.load(bias_ptr + rows_n % N).to(tl.float32)[:, None]
+        if GELU:
+            out = gelu_in_registers(out)
+        if SCALED:
+            out *= tl.where(rows_n < scaled_columns, column_scale, 1.0)[:, None]
+        if residual_ptr is not None:
+            residual_tile = residual_ptr + rows_m.to(tl.int64)[None, :] * stride_residual + rows_n[:, None]
+            out += tl.load(residual_tile, mask=mask).to(tl.float32)
+        tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_tile(
+    total,  # as in _store_outputs, BLOCK_M columns wide
+    start_m,
+    rows_n,
+    scale_ptr,
+    weight_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    M,
+    N,
+    stride_residual,
+    scaled_columns,
+    column_scale,
+    GELU: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """``_store_outputs`` of a tile of any size; a large one in two halves, each thread's own, or registers spill."""
+    # fmt: off
+    if BLOCK_M < 128:
+        rows_m = start_m + tl.arange(0, BLOCK_M)
+        _store_outputs(total, rows_m, rows_n, scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N,
+                       stride_residual, scaled_columns, column_scale, GELU, SCALED)
+    else:
+        HALF: tl.constexpr = BLOCK_M // 2
+        low, high = tl.split(tl.permute(tl.reshape(total, (BLOCK_N, 2, HALF)), (0, 2, 1)))
+        rows_m = start_m + tl.arange(0, HALF)
+        _store_outputs(low, rows_m, rows_n, scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N,
+                       stride_residual, scaled_columns, column_scale, GELU, SCALED)
+        _store_outputs(high, rows_m + HALF, rows_n, scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N,
+                       stride_residual, scaled_columns, column_scale, GELU, SCALED)
+    # fmt: on
+
+
+@triton.jit
+def _ternary_matmul_kernel(
+    x_ptr,  # int8, fp16, bf16 or fp32 [M, 128 * n_groups], rows contiguous, zero where K ends earlier
+    packed_ptr,  # uint8 [N, 32 * n_groups], contiguous
+    scale_ptr,  # float32 [M]; None if x is float, or for int32 out
+    weight_scale_ptr,  # float32 [1]; None for int32 out
+    bias_ptr,  # any float [N], or None
+    residual_ptr,  # any float [M, N], rows contiguous, or None
+    out_ptr,  # int32 or any float [M, N], contiguous
+    parts_ptr,  # int32 (x int8) or float32 [tiles, SPLIT_K, BLOCK_N, BLOCK_M], any values; None unless K is split
+    arrived_ptr,  # int32 [tiles], zero before and after; None unless K is split
+    M,
+    N,
+    stride_x,  # of a row, in elements
+    stride_residual,
+    n_groups,  # of 128 values along K; a multiple of GROUPS
+    scaled_columns,  # the first so many columns of out are multiplied by column_scale
+    column_scale,
+    GELU: tl.constexpr,
+    SCALED: tl.constexpr,  # whether there are scaled columns
+    INLINE_ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
     # out^T [N, M] = codes [N, K] @ x^T [K, M]: with the weights as the A operand each warp owns its weight
-    # rows and unpacks every weight once. One group an iteration, one product a plane.
-    tile_m = tl.program_id(0)
-    tile_n = tl.program_id(1)
-    rows_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # rows and unpacks every weight once. GROUPS groups an iteration, one product a plane of a group.
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    SUM: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 else tl.float32
+    # Neighbouring blocks share rows of x, which pass through the caches once; the packed weight stays there.
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0)
+    start_m = (tile // tiles_n) * BLOCK_M
+    rows_m = start_m + tl.arange(0, BLOCK_M)
+    rows_n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     byte = tl.arange(0, 32)
     # Rows past the end wrap round, so that they need no mask; what they give is not stored.
     x_tile = x_ptr + (rows_m % M).to(tl.int64)[None, :] * stride_x + byte[:, None]
     packed_tile = packed_ptr + (rows_n % N).to(tl.int64)[:, None] * (n_groups * 32) + byte[None, :]
-    accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    for _ in range(n_groups):
-        packed = tl.load(packed_tile)
-        for plane in tl.static_range(4):
-            codes = _unpack_plane(packed, plane, INLINE_ASM)
-            accumulator = tl.dot(codes, tl.load(x_tile + plane * 32), accumulator, out_dtype=tl.int32)
-        x_tile += 128
-        packed_tile += 32
-    product = accumulator >> 6  # exact: every term is a multiple of 64
-    out_tile = out_ptr + rows_m.to(tl.int64)[None, :] * stride_out + rows_n[:, None]
-    mask = (rows_m < M)[None, :] & (rows_n < stride_out)[:, None]
-    if RAW:
-        tl.store(out_tile, product, mask=mask)
+    first_group = 0
+    end_group = n_groups
+    if SPLIT_K > 1:
+        share = tl.cdiv(n_groups, SPLIT_K * GROUPS) * GROUPS
+        first_group = tl.program_id(1) * share
+        end_group = tl.minimum(first_group + share, n_groups)
+        x_tile += first_group * 128
+        packed_tile += first_group * 32
+    total = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+    for _ in range(first_group, end_group, GROUPS):
+        for group in tl.static_range(GROUPS):
+            packed = tl.load(packed_tile + group * 32)
+            for plane in tl.static_range(4):
+                codes = _unpack_plane(packed, plane, DTYPE, INLINE_ASM)
+                x = tl.load(x_tile + group * 128 + plane * 32)
+                if DTYPE.is_bf16() and not INLINE_ASM:  # numpy, where the interpreter computes, has no bf16
+                    codes, x = codes.to(tl.float32), x.to(tl.float32)
+                # tf32x3, for fp32: both sides are split into parts that tf32 holds; codes are exact.
+                total = tl.dot(codes, x, total, input_precision="tf32x3", out_dtype=SUM)
+        x_tile += 128 * GROUPS
+        packed_tile += 32 * GROUPS
+    # fmt: off
+    if SPLIT_K == 1:
+        _store_tile(total, start_m, rows_n, scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N,
+                    stride_residual, scaled_columns, column_scale, GELU, SCALED, BLOCK_M, BLOCK_N)
     else:
-        row_scale = tl.load(scale_ptr + rows_m % M) * tl.load(weight_scale_ptr)
-        out = product.to(tl.float32) * row_scale[None, :]
-        if HAS_BIAS:
-            out += tl.load(bias_ptr + rows_n % N).to(tl.float32)[:, None]
-        tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=mask)
+        # Every block leaves its part; the last to arrive adds them up, always in the same order.
+        within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        parts = parts_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M) + within
+        tl.store(parts + tl.program_id(1) * (BLOCK_N * BLOCK_M), total, cache_modifier=".cg")
+        tl.debug_barrier()  # all threads have stored before one tells
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1:
+            tl.store(arrived_ptr + tile, 0)  # clean for the next launch
+            total = tl.load(parts, cache_modifier=".cg")
+            for part in range(1, SPLIT_K):
+                total += tl.load(parts + part * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+            _store_tile(total, start_m, rows_n, scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N,
+                        stride_residual, scaled_columns, column_scale, GELU, SCALED, BLOCK_M, BLOCK_N)
+    # fmt: on
 
 
-def shape_key(m: int, n: int, k: int) -> str:
-    """Key of a shape among the tuned results; M is rounded up to a power of two."""
-    return f"m{1 << max(m - 1, 0).bit_length()}_n{n}_k{k}"
+@cache
+def _n_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU; an A100's for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
+
+
+_arrival_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _zeroed_counters(device: torch.device, n: int) -> Tensor:
+    """At least n int32 zeros, to be left as zeros: kept for each stream, whose launches follow each other.
+
+    A CUDA graph may be replayed on any stream, so one that is being captured gets its own, and zeroes them.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(n, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _arrival_counters or len(_arrival_counters[key]) < n:
+        _arrival_counters[key] = torch.zeros(max(n, 1024), dtype=torch.int32, device=device)
+    return _arrival_counters[key]
 
 
 def _launch_ternary_matmul(
-    x_q: Tensor,
+    x: Tensor,
     packed: Tensor,
     scale: Tensor | None,
     weight_scale: Tensor | None,
-    bias: Tensor | None,
+    epilogue: Epilogue,
     out_dtype: torch.dtype,
+    config: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """One launch: raw int32 without ``scale``, else dequantised to ``out_dtype``."""
-    (m, k), n = x_q.shape, packed.shape[0]
-    raw = scale is None
-    out = torch.empty((m, -(-n // 16) * 16), dtype=torch.int32 if raw else out_dtype, device=x_q.device)
+    """One launch: x int8 with ``scale`` or float without; int32 sums without ``weight_scale``."""
+    (m, k), n = x.shape, packed.shape[0]
+    out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     if m == 0 or n == 0:
-        return out[:, :n].contiguous()
+        return out
     packed = _aligned(packed)
     n_groups = packed.shape[1] // GROUP_BYTES
     # The kernel has no masks along K and loads 16 bytes at a time.
-    if k % GROUP or x_q.stride(1) != 1 or x_q.stride(0) % 16 or x_q.data_ptr() % 16:
-        x_q = torch.nn.functional.pad(x_q, (0, GROUP * n_groups - k)).contiguous()
-    config = lookup("ternary_matmul", arch_of(x_q.device), shape_key(m, n, k), CONFIGS)
+    if k % GROUP or x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16:
+        x = torch.nn.functional.pad(x, (0, GROUP * n_groups - k)).contiguous()
+    bias, residual = epilogue.bias, epilogue.residual
+    if residual is not None and residual.stride(1) != 1:
+        residual = residual.contiguous()
+    if config is None:
+        arch, itemsize = arch_of(x.device) or 80, x.itemsize
+        default = default_config(arch, _n_sms(x.device), m, n, k, itemsize)
+        config = lookup("ternary_matmul", arch, shape_key(m, n, k, itemsize), (default, *configs_for(arch, itemsize)))
     options: dict[str, Any] = dict(zip(CONFIG_FIELDS, config, strict=True))
-    grid = (triton.cdiv(m, options["BLOCK_M"]), triton.cdiv(n, options["BLOCK_N"]))
-    with on_device_of(x_q):
-        _ternary_matmul_kernel[grid](
-            x_q,
+    if x.dtype != torch.int8 or n_groups % options["GROUPS"]:
+        options["GROUPS"] = 1
+    tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"])
+    parts = arrived = None
+    if options["SPLIT_K"] > 1:
+        part = (options["SPLIT_K"], options["BLOCK_N"], options["BLOCK_M"])
+        parts = torch.empty(
+            (tiles, *part), dtype=torch.int32 if x.dtype == torch.int8 else torch.float32, device=x.device
+        )
+        arrived = _zeroed_counters(x.device, tiles)
+    with on_device_of(x):
+        _ternary_matmul_kernel[tiles, options["SPLIT_K"]](
+            x,
             packed,
-            scale,
+            None if scale is None else scale.contiguous(),
             weight_scale,
-            bias,
+            None if bias is None else bias.contiguous(),
+            residual,
             out,
+            parts,
+            arrived,
             m,
             n,
-            x_q.stride(0),
-            out.stride(0),
+            x.stride(0),
+            n if residual is None else residual.stride(0),
             n_groups,
-            RAW=raw,
-            HAS_BIAS=bias is not None,
-            INLINE_ASM=x_q.is_cuda,
+            epilogue.scaled_columns,
+            epilogue.column_scale,
+            GELU=epilogue.gelu,
+            SCALED=epilogue.scaled_columns > 0,
+            INLINE_ASM=x.is_cuda,
             **options,
         )
-    return out[:, :n].contiguous()
+    return out
+
+
+def specimen(
+    config: tuple[int, ...] = CONFIGS[0],
+    *,
+    x: str = "i8",
+    out: str = "fp16",
+    bias: bool = True,
+    gelu: bool = False,
+    residual: bool = False,
+    scaled: bool = False,
+    aligned_n: bool = True,
+    inline_asm: bool = True,
+) -> Specimen:
+    """The kernel as the launcher would specialise it, for compiling ahead of time.
+
+    Args:
+        config: a row of ``CONFIGS``.
+        x, out: Triton's names of types; ``out`` is i32 for the product alone.
+        bias, gelu, residual, scaled: what follows it; a residual has the type of ``out``.
+        aligned_n: N is a multiple of 16.
+        inline_asm: as on a GPU; False for what the interpreter runs.
+    """
+    options = dict(zip(CONFIG_FIELDS, config, strict=True))
+    if x != "i8":
+        options["GROUPS"] = 1
+    sums = "*i32" if x == "i8" else "*fp32"
+    raw, split = out == "i32", options["SPLIT_K"] > 1
+    pointers = {
+        "x_ptr": f"*{x}",
+        "packed_ptr": "*u8",
+        "scale_ptr": "*fp32" if x == "i8" and not raw else None,
+        "weight_scale_ptr": None if raw else "*fp32",
+        "bias_ptr": "*fp32" if bias and not raw else None,
+        "residual_ptr": f"*{out}" if residual else None,
+        "out_ptr": f"*{out}",
+        "parts_ptr": sums if split else None,
+        "arrived_ptr": "*i32" if split else None,
+    }
+    signature = {name: kind for name, kind in pointers.items() if kind is not None}
+    signature |= dict.fromkeys(("M", "N", "stride_x", "stride_residual", "n_groups", "scaled_columns"), "i32")
+    signature["column_scale"] = "fp32"
+    constants: dict[str, Any] = {name: None for name, kind in pointers.items() if kind is None}
+    constants |= {"GELU": gelu, "SCALED": scaled, "INLINE_ASM": inline_asm}
+    constants |= {name: options[name] for name in ("BLOCK_M", "BLOCK_N", "GROUPS", "SPLIT_K")}
+    unaligned = ("M", "n_groups", "column_scale") + (() if aligned_n else ("N", "stride_residual", "scaled_columns"))
+    shown = {**options, "x": x, "out": out, "bias": bias and not raw, "gelu": gelu, "residual": residual}
+    return Specimen(
+        "ternary_matmul",
+        {**shown, "scaled": scaled},
+        _ternary_matmul_kernel,
+        signature,
+        constants,
+        {name: options[name] for name in ("num_warps", "num_stages")},
+        unaligned,
+    )
+
+
+def specimens(arch: int) -> list[Specimen]:
+    """Every configuration for compute capability ``arch`` (80 means sm_80) with a residual, the largest register
+    taker; the other layers of a ternary block on the tiles that they use; int32 sums; float activations."""
+    found = [specimen(row, residual=True) for row in configs_for(arch)]
+    for row in (CONFIGS[0], CONFIGS[4]):
+        found.append(specimen(row, bias=False, scaled=True))
+        found.append(specimen(row, gelu=True))
+    found.append(specimen(out="i32"))
+    found.append(specimen(CONFIGS[3], x="fp16", gelu=True))
+    found.append(specimen(CONFIGS[3], x="bf16", out="bf16", residual=True))
+    found.append(specimen(CONFIGS[6], x="fp32", out="fp32", residual=True))
+    return found
 
 
 # --- torch operators -------------------------------------------------------------------------------------
 
 
+def _runs_native(operation: str, dtype: torch.dtype, x_q: Tensor, packed: Tensor) -> bool:
+    """Whether the C++ kernels run this operation; plain torch does what they do not take, and what is empty."""
+    chosen = backend_for(x_q) == "native" and native.supports(operation, dtype)
+    return chosen and x_q.numel() > 0 and packed.numel() > 0
+
+
 @torch.library.custom_op("tetra::ternary_matmul_int32", mutates_args=())
 def _ternary_matmul_int32_op(x_q: Tensor, packed: Tensor) -> Tensor:
+    if _runs_native("ternary_matmul_int32", torch.int8, x_q, packed):
+        return native.ternary_matmul_int32(x_q, packed)
     if backend_for(x_q) in ("torch", "native"):
         return _matmul_torch(x_q, packed)
-    return _launch_ternary_matmul(x_q, packed, None, None, None, torch.int32)
+    return _launch_ternary_matmul(x_q, packed, None, None, Epilogue(), torch.int32)
 
 
 @_ternary_matmul_int32_op.register_fake
@@ -381,16 +781,74 @@ def _(x_q: Tensor, packed: Tensor) -> Tensor:
     return x_q.new_empty((x_q.shape[0], packed.shape[0]), dtype=torch.int32)
 
 
+@torch.library.custom_op("tetra::ternary_linear_int8", mutates_args=())
+def _ternary_linear_int8_op(
+    x_q: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    gelu: bool,
+    residual: Tensor | None,
+    scaled_columns: int,
+    column_scale: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    epilogue = Epilogue(bias, gelu, residual, scaled_columns, column_scale)
+    if _runs_native("ternary_linear", out_dtype, x_q, packed):
+        return native.ternary_linear(x_q, scale, packed, weight_scale, *epilogue, out_dtype)
+    if backend_for(x_q) in ("torch", "native"):
+        return _linear_int8_torch(x_q, scale, packed, weight_scale, epilogue, out_dtype)
+    return _launch_ternary_matmul(x_q, packed, scale, weight_scale, epilogue, out_dtype)
+
+
+@_ternary_linear_int8_op.register_fake
+def _(
+    x_q: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    gelu: bool,
+    residual: Tensor | None,
+    scaled_columns: int,
+    column_scale: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x_q.new_empty((x_q.shape[0], packed.shape[0]), dtype=out_dtype)
+
+
 @torch.library.custom_op("tetra::ternary_linear", mutates_args=())
 def _ternary_linear_op(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    if backend_for(x) in ("torch", "native"):
+    backend = backend_for(x)
+    if backend == "torch" or (backend == "native" and not native.supports("ternary_linear", x.dtype)):
         return _linear_torch(x, packed, weight_scale, bias)
     x_q, scale = quantize_rows_unchecked(x)
-    return _launch_ternary_matmul(x_q, packed, scale, weight_scale, bias, x.dtype)
+    if x.device.type == "cpu":  # elsewhere a look at the values would stop the queue of launches
+        check_finite_scale(scale)
+    dtype = x.dtype if x.dtype in OUT_DTYPES else torch.float32
+    return _ternary_linear_int8_op(x_q, scale, packed, weight_scale, bias, False, None, 0, 1.0, dtype).to(x.dtype)
 
 
 @_ternary_linear_op.register_fake
 def _(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], packed.shape[0]))
+
+
+@torch.library.custom_op("tetra::ternary_linear_float", mutates_args=())
+def _ternary_linear_float_op(
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None
+) -> Tensor:
+    epilogue = Epilogue(bias, gelu, residual)
+    if backend_for(x) in ("torch", "native"):
+        return _linear_float_torch(x, packed, weight_scale, epilogue)
+    return _launch_ternary_matmul(x, packed, None, weight_scale, epilogue, x.dtype)
+
+
+@_ternary_linear_float_op.register_fake
+def _(
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None
+) -> Tensor:
     return x.new_empty((x.shape[0], packed.shape[0]))
 
 
@@ -402,12 +860,71 @@ def ternary_matmul_int32(x_q: Tensor, packed: Tensor) -> Tensor:
 
     K has to be one that P packs (P = 32 * ceil(K / 128)). M, N may be 0; inputs need not be contiguous.
     """
-    if x_q.dtype != torch.int8:
-        raise TypeError(f"x_q: dtype is {x_q.dtype}, wanted torch.int8 (see quantize_rows)")
+    _check_codes(x_q)
     if x_q.ndim != 2:
         raise ValueError(f"x_q: shape is {tuple(x_q.shape)}, wanted [M, K]")
     _check_product("x_q", x_q, packed)
     return _ternary_matmul_int32_op(x_q, packed)
+
+
+def ternary_linear_int8(
+    x_q: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    weight_scale: float | Tensor,
+    bias: Tensor | None = None,
+    *,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    scaled_columns: int = 0,
+    column_scale: float = 1.0,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """A linear layer on quantised rows, and what follows it: x_q int8 [..., K] -> [..., N] in ``out_dtype``.
+
+    Inference only: there is no gradient. All that follows the exact int32 product is done in float32 and
+    rounded once, in this order.
+
+    Args:
+        x_q, scale: from ``quantize_rows`` or ``norm_quantize``; scale is float32 [...].
+        packed: uint8 [N, P], from ``pack_ternary``.
+        weight_scale: the value of a code of 1; a float, or a tensor with one element.
+        bias: any float [N], added.
+        gelu: apply the exact GELU.
+        scaled_columns, column_scale: the first ``scaled_columns`` of the N columns are multiplied by it.
+        residual: any float [..., N], added.
+        out_dtype: float16, bfloat16 or float32.
+    """
+    _check_codes(x_q)
+    if x_q.ndim == 0:
+        raise ValueError("x_q: is a scalar, wanted [..., K]")
+    _check_product("x_q", x_q, packed)
+    n = packed.shape[0]
+    if scale.dtype != torch.float32:
+        raise TypeError(f"scale: dtype is {scale.dtype}, wanted torch.float32 (see quantize_rows)")
+    if scale.shape != x_q.shape[:-1]:
+        raise ValueError(
+            f"scale: shape is {tuple(scale.shape)}, wanted {tuple(x_q.shape[:-1])}, one value a row of x_q"
+        )
+    _check_device("scale", scale, "x_q", x_q)
+    if out_dtype not in OUT_DTYPES:
+        raise TypeError(f"out_dtype: is {out_dtype}, wanted torch.float16, torch.bfloat16 or torch.float32")
+    if not 0 <= scaled_columns <= n:
+        raise ValueError(f"scaled_columns: is {scaled_columns}, wanted 0 to {n}, the rows of the weight")
+    _check_bias("x_q", x_q, bias, n)
+    _check_residual("x_q", x_q, residual, n)
+    return _ternary_linear_int8_op(
+        x_q.reshape(-1, x_q.shape[-1]),
+        scale.reshape(-1),
+        packed,
+        _as_scalar("x_q", x_q, weight_scale),
+        bias,
+        gelu,
+        None if residual is None else residual.reshape(-1, n),
+        scaled_columns,
+        float(column_scale),
+        out_dtype,
+    ).view(*x_q.shape[:-1], n)
 
 
 def ternary_linear(x: Tensor, packed: Tensor, weight_scale: float | Tensor, bias: Tensor | None = None) -> Tensor:
@@ -417,31 +934,100 @@ def ternary_linear(x: Tensor, packed: Tensor, weight_scale: float | Tensor, bias
     with one element); ``bias`` is [N] of any floating dtype. Rows are quantised to int8, the product is exact
     in int32, scales and bias are applied in float32.
     """
+    _check_floats(x)
+    _check_product("x", x, packed)
+    n = packed.shape[0]
+    _check_bias("x", x, bias, n)
+    rows = x.reshape(-1, x.shape[-1])
+    return _ternary_linear_op(rows, packed, _as_scalar("x", x, weight_scale), bias).view(*x.shape[:-1], n)
+
+
+def ternary_linear_float(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: float | Tensor,
+    bias: Tensor | None = None,
+    *,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A linear layer with a packed ternary weight and activations that are not quantised.
+
+    x float16, bfloat16 or float32 [..., K] -> [..., N] in x.dtype. Products are summed, and all that follows
+    is done, in float32, rounded once. Arguments as in ``ternary_linear_int8``.
+    """
+    _check_floats(x)
+    if x.dtype not in OUT_DTYPES:
+        raise TypeError(f"x: dtype is {x.dtype}, wanted torch.float16, torch.bfloat16 or torch.float32")
+    _check_product("x", x, packed)
+    n = packed.shape[0]
+    _check_bias("x", x, bias, n)
+    _check_residual("x", x, residual, n)
+    rows = x.reshape(-1, x.shape[-1])
+    flat_residual = None if residual is None else residual.reshape(-1, n)
+    scalar = _as_scalar("x", x, weight_scale)
+    return _ternary_linear_float_op(rows, packed, scalar, bias, gelu, flat_residual).view(*x.shape[:-1], n)
+
+
+def _check_codes(x_q: Tensor) -> None:
+    if x_q.dtype != torch.int8:
+        raise TypeError(f"x_q: dtype is {x_q.dtype}, wanted torch.int8 (see quantize_rows)")
+
+
+def _check_floats(x: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x: dtype is {x.dtype}, wanted a floating dtype")
     if x.ndim == 0:
         raise ValueError("x: is a scalar, wanted [..., K]")
-    _check_product("x", x, packed)
-    n = packed.shape[0]
-    if bias is not None and bias.shape != (n,):
+
+
+def _check_device(name: str, tensor: Tensor, x_name: str, x: Tensor) -> None:
+    if x.device != tensor.device:
+        raise ValueError(f"{name}: is on {tensor.device}, but {x_name} is on {x.device}; move one of them")
+
+
+def _check_bias(x_name: str, x: Tensor, bias: Tensor | None, n: int) -> None:
+    if bias is None:
+        return
+    if not bias.is_floating_point():
+        raise TypeError(f"bias: dtype is {bias.dtype}, wanted a floating dtype")
+    if bias.shape != (n,):
         raise ValueError(f"bias: shape is {tuple(bias.shape)}, wanted ({n},), one value a row of the weight")
+    _check_device("bias", bias, x_name, x)
+
+
+def _check_residual(x_name: str, x: Tensor, residual: Tensor | None, n: int) -> None:
+    if residual is None:
+        return
+    if not residual.is_floating_point():
+        raise TypeError(f"residual: dtype is {residual.dtype}, wanted a floating dtype")
+    if residual.shape != (*x.shape[:-1], n):
+        raise ValueError(f"residual: shape is {tuple(residual.shape)}, wanted {(*x.shape[:-1], n)}, that of the result")
+    _check_device("residual", residual, x_name, x)
+
+
+def _as_scalar(x_name: str, x: Tensor, weight_scale: float | Tensor) -> Tensor:
+    """weight_scale as a float32 tensor [] on the device of x."""
     if not isinstance(weight_scale, Tensor):
-        weight_scale = torch.tensor(weight_scale, dtype=torch.float32, device=x.device)
-    elif weight_scale.numel() != 1:
+        return torch.full((), weight_scale, dtype=torch.float32, device=x.device)
+    if weight_scale.numel() != 1:
         raise ValueError(f"weight_scale: shape is {tuple(weight_scale.shape)}, wanted one element")
-    rows = x.reshape(-1, x.shape[-1])
-    return _ternary_linear_op(rows, packed, weight_scale.reshape(()), bias).view(*x.shape[:-1], n)
+    if not weight_scale.is_floating_point():
+        raise TypeError(f"weight_scale: dtype is {weight_scale.dtype}, wanted a floating dtype")
+    _check_device("weight_scale", weight_scale, x_name, x)
+    return weight_scale.reshape(()).to(torch.float32)
 
 
 def _check_product(name: str, x: Tensor, packed: Tensor) -> None:
     """What every product checks: forms only, no values, so it costs nothing and waits for no device."""
     _check_packed_form(packed)
     k = x.shape[-1]
+    if k == 0:
+        raise ValueError(f"{name}: shape {tuple(x.shape)} has no values in its last dimension; wanted K >= 1")
     if k > MAX_K:
         raise ValueError(f"{name}: K = {k} could overflow 32-bit sums; wanted at most {MAX_K}")
     if packed_width(k) != packed.shape[1]:
         raise ValueError(
             f"{name}: {k} values a row take {packed_width(k)} packed bytes, but packed has {packed.shape[1]}"
         )
-    if x.device != packed.device:
-        raise ValueError(f"packed: is on {packed.device}, but {name} is on {x.device}; move one of them")
+    _check_device("packed", packed, name, x)

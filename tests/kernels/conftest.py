@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tetra.kernels import native
 from tetra.kernels.backend import HAS_TRITON
 
 Run = Callable[..., Any]
@@ -44,11 +45,24 @@ def _run_on_gpu(function: Callable[..., Any], *arguments: Any) -> Any:
     return tuple(r.cpu() for r in result) if isinstance(result, tuple) else result.cpu()
 
 
-@pytest.fixture(scope="session", params=["torch", "interpreter", pytest.param("triton", marks=pytest.mark.gpu)])
+def _run_on_cpu(backend: str) -> Run:
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TETRA_BACKEND", backend)
+            return function(*arguments)
+
+    return call
+
+
+@pytest.fixture(
+    scope="session", params=["torch", "native", "interpreter", pytest.param("triton", marks=pytest.mark.gpu)]
+)
 def run(request: pytest.FixtureRequest) -> Run:
     """Calls a function of the package on one of the backends."""
-    if request.param == "torch":
-        return lambda function, *arguments: function(*arguments)
+    if request.param == "native" and not native.available():
+        pytest.skip("the C++ kernels can't be built here")
+    if request.param in ("torch", "native"):
+        return _run_on_cpu(request.param)
     if request.param == "interpreter":
         return request.getfixturevalue("interpreter")  # type: ignore[no-any-return]
     return _run_on_gpu

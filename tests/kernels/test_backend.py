@@ -7,8 +7,15 @@ import sys
 import pytest
 import torch
 
-from tetra.kernels import pack_ternary, ternary_matmul_int32
-from tetra.kernels.backend import backend_for, check_arch, requested
+from tetra.kernels import native, pack_ternary, ternary_matmul_int32
+from tetra.kernels.backend import (
+    _is_too_old,
+    _warn_of_plain_torch,
+    backend_for,
+    check_arch,
+    requested,
+    why_not_compiled,
+)
 
 USE_EVERYTHING = """
 import torch
@@ -37,15 +44,42 @@ def test_requested_kernel_without_triton_says_so() -> None:
     assert "Triton is not installed" in done.stderr.splitlines()[-1]
 
 
-def test_cpu_tensors_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value in ("auto", "torch", "", " Torch "):
+def test_cpu_tensors_use_native_kernels_or_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    automatic = "native" if native.available() else "torch"
+    for value, expected in (("auto", automatic), ("torch", "torch"), ("", automatic), (" Torch ", "torch")):
         monkeypatch.setenv("TETRA_BACKEND", value)
-        assert backend_for(torch.zeros(1)) == "torch"
+        assert backend_for(torch.zeros(1)) == expected
+
+
+def test_an_old_triton_is_not_used() -> None:
+    pytest.importorskip("triton")
+    age = "import triton\ntriton.__version__ = '3.4.0+git1'\n"
+    done = python(age + USE_EVERYTHING, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    done = python(age + USE_EVERYTHING, TETRA_BACKEND="interpreter")
+    assert "Triton 3.4.0+git1 is too old; pip install 'triton>=3.5'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("version", "too_old"), [("3.4.0", True), ("2.1.0", True), ("3.5.0", False), ("3.7.1+git", False), ("4.0", False)]
+)
+def test_versions_of_triton(version: str, too_old: bool) -> None:
+    assert _is_too_old(version) == too_old
+
+
+def test_other_devices_run_in_plain_torch_and_say_so_once() -> None:
+    why_not_compiled.cache_clear()
+    _warn_of_plain_torch.cache_clear()
+    tensor = torch.zeros(1, device="meta")
+    with pytest.warns(UserWarning, match=r"plain PyTorch on meta.*slower: there are none for meta devices") as caught:
+        chosen = [backend_for(tensor), backend_for(tensor)]
+    assert chosen == ["torch", "torch"]
+    assert len(caught) == 1
 
 
 def test_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TETRA_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="TETRA_BACKEND is 'cuda'; set it to one of auto, torch, triton, interpreter"):
+    with pytest.raises(ValueError, match="TETRA_BACKEND is 'cuda'; set it to one of auto, torch, native"):
         requested()
     with pytest.raises(ValueError, match="TETRA_BACKEND is 'cuda'"):
         ternary_matmul_int32(torch.zeros(1, 4, dtype=torch.int8), pack_ternary(torch.zeros(1, 4, dtype=torch.int8)))

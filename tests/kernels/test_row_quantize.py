@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tetra.kernels import quantize_rows, row_quantize
+from tetra.kernels import norm_quantize, quantize_rows, row_quantize
 
 Run = Callable[..., Any]
 
@@ -23,7 +23,7 @@ def expected(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (0, 8), (3, 127), (5, 768), (2, 3072), (2, 5000)])
+@pytest.mark.parametrize("shape", [(1, 1), (0, 8), (3, 127), (5, 768), (2, 3072), (2, 5000), (1, 33000)])
 def test_codes_and_scales_are_the_formulas(run: Run, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     x = (torch.randn(shape) * torch.logspace(-4, 3, shape[0] or 1)[: shape[0], None]).to(dtype)
     codes, scale = run(quantize_rows, x)
@@ -79,6 +79,18 @@ def test_rows_need_not_be_contiguous(run: Run) -> None:
     assert scale.shape == (6,)
 
 
+@pytest.mark.gpu
+def test_rows_further_apart_than_32_bits_can_tell() -> None:
+    x = torch.empty(2, 2**31 + 64, dtype=torch.float16, device="cuda")[:, :256]
+    x.copy_(torch.randn(2, 256))
+    weight = torch.rand(256, device="cuda") + 0.5
+    codes, scale = quantize_rows(x)
+    assert np.array_equal(codes.cpu().numpy(), expected(x.float().cpu().numpy())[0])
+    assert np.array_equal(scale.cpu().numpy(), expected(x.float().cpu().numpy())[1])
+    result = tuple(t.cpu() for t in norm_quantize(x, weight, weight))
+    check_normed(result, x.cpu(), weight.cpu(), weight.cpu(), False, None)
+
+
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match=r"x: dtype is torch\.int32"):
         quantize_rows(torch.zeros(2, 3, dtype=torch.int32))
@@ -88,3 +100,127 @@ def test_wrong_arguments_are_refused() -> None:
 
 def test_operator_is_well_formed() -> None:
     torch.library.opcheck(row_quantize._quantize_rows_op, (torch.randn(5, 40),))
+
+
+# --- with a LayerNorm first --------------------------------------------------------------------------------
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool, residual: torch.Tensor | None) -> Any:
+    return norm_quantize(x, weight, bias, gelu=gelu, residual=residual)
+
+
+def check_normed(
+    result: tuple[torch.Tensor, ...],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gelu: bool,
+    residual: torch.Tensor | None,
+) -> None:
+    """Against float64: a code may differ, by one, only within 1e-3 of a rounding boundary."""
+    codes, scale = result[:2]
+    assert (codes.dtype, codes.shape) == (torch.int8, x.shape)
+    assert (scale.dtype, scale.shape) == (torch.float32, x.shape[:-1])
+    assert len(result) == (2 if residual is None else 3)
+    if residual is not None:
+        assert torch.equal(result[2], x + residual)
+        x = x + residual
+    t = x.double()
+    if gelu:
+        t = 0.5 * t * torch.special.erfc(-t / 2**0.5)
+    centred = t - t.mean(-1, keepdim=True)
+    y = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double() + bias.double()
+    maximum = y.abs().amax(-1, keepdim=True).clamp(min=1e-5) if y.numel() else y.sum(-1, keepdim=True)
+    before = y * (127 / maximum)
+    difference = (codes.double() - before.round()).abs()
+    at_boundary = ((before - before.floor()) - 0.5).abs() <= 1e-3
+    assert (difference <= 1).all()
+    assert (at_boundary | (difference == 0)).all()
+    torch.testing.assert_close(scale.double(), maximum.squeeze(-1) / 127, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("gelu", "with_residual"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("shape", [(0, 8), (3, 127), (2, 3, 768), (2, 3072), (1, 4100)])
+def test_norm_quantize_is_its_definition(
+    run: Run, dtype: torch.dtype, gelu: bool, with_residual: bool, shape: tuple[int, ...]
+) -> None:
+    x = (2.0 * torch.randn(shape) + torch.randn(shape[:-1]).unsqueeze(-1)).to(dtype)
+    residual = torch.randn(shape).to(dtype) if with_residual else None
+    weight, bias = torch.rand(shape[-1]) + 0.5, 0.3 * torch.randn(shape[-1])
+    check_normed(run(normed, x, weight, bias, gelu, residual), x, weight, bias, gelu, residual)
+
+
+def test_norm_quantize_of_one_value_gives_its_bias(run: Run) -> None:
+    """The only value is its own mean, whatever it is."""
+    codes, scale = run(normed, torch.tensor([[7.0], [-9.0]]), torch.ones(1), torch.tensor([-2.0]), False, None)
+    assert codes.tolist() == [[-127], [-127]]
+    assert np.array_equal(scale.numpy(), np.full(2, np.float32(2) / np.float32(127)))
+
+
+def test_norm_quantize_of_rows_wider_than_registers(run: Run) -> None:
+    x, residual = torch.randn(2, 2, 33000).half()
+    weight, bias = torch.rand(33000) + 0.5, torch.randn(33000)
+    for arguments in ((True, residual), (False, None)):
+        check_normed(run(normed, x, weight, bias, *arguments), x, weight, bias, *arguments)
+
+
+def test_norm_quantize_takes_strided_rows_and_any_parameters(run: Run) -> None:
+    x, residual = torch.randn(9, 200)[:, 60:160].half(), torch.randn(100, 9).half().T
+    weight, bias = torch.rand(200).half()[::2] + 0.5, torch.randn(100).bfloat16()
+    check_normed(run(normed, x, weight, bias, True, residual), x, weight, bias, True, residual)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_norm_quantize_marks_rows_that_are_not_finite(run: Run, bad: float, gelu: bool) -> None:
+    x = torch.randn(4, 300)
+    x[2, 299] = bad
+    scale = run(normed, x, torch.ones(300), torch.zeros(300), gelu, None)[1]
+    assert torch.isfinite(scale).tolist() == [True, True, False, True]
+
+
+def test_norm_quantize_in_steps_is_the_same() -> None:
+    x, residual, weight, bias = torch.randn(6, 50), torch.randn(6, 50), torch.rand(50), torch.randn(50)
+    for gelu in (False, True):
+        for other in (None, residual):
+            result = row_quantize.norm_quantize_reference(x, weight, bias, 1e-5, gelu, other)
+            check_normed(result, x, weight, bias, gelu, other)
+
+
+def test_wrong_arguments_of_norm_quantize_are_refused() -> None:
+    x, ones = torch.zeros(2, 8), torch.ones(8)
+    with pytest.raises(TypeError, match=r"x: dtype is torch\.float64"):
+        norm_quantize(x.double(), ones, ones)
+    with pytest.raises(ValueError, match=r"bias: shape is \(3,\), wanted \(8,\)"):
+        norm_quantize(x, ones, torch.ones(3))
+    with pytest.raises(ValueError, match="residual: shape"):
+        norm_quantize(x, ones, ones, residual=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="residual: is on meta"):
+        norm_quantize(x, ones, ones, residual=x.to("meta"))
+
+
+def test_operators_of_norm_quantize_are_well_formed() -> None:
+    x, weight = torch.randn(5, 40), torch.rand(40)
+    torch.library.opcheck(row_quantize._norm_quantize_op, (x, weight, weight, 1e-5, True))
+    torch.library.opcheck(row_quantize._add_norm_quantize_op, (x, x.flip(0), weight, weight, 1e-5, False))
+
+
+def test_norm_quantize_compiles_whole_and_exports_for_any_number_of_rows() -> None:
+    class Quantizer(torch.nn.Module):
+        def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            codes, scale, total = norm_quantize(x, weight, weight, gelu=True, residual=x)
+            return codes * scale.unsqueeze(-1) + total
+
+    x, weight = torch.randn(3, 5, 24), torch.rand(24)
+    module = Quantizer()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, weight), module(x, weight))
+    program = torch.export.export(module, (x, weight), dynamic_shapes=({0: torch.export.Dim("batch")}, None))
+    assert torch.equal(program.module()(x[:2], weight), module(x[:2], weight))
+
+
+def test_cost_counts_every_tensor_once() -> None:
+    assert row_quantize.cost(530, 768) == (530 * 768 * 4, 530 * 768 * 3 + 530 * 4)
+    operations, n_bytes = row_quantize.cost(10, 100, norm=True, residual=True)
+    assert (operations, n_bytes) == (1000 * 12, 1000 * (2 + 2 + 2 + 1) + 40 + 800)

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,26 @@ from tetra.kernels import (
     packed_width,
     quantize_rows,
     ternary_linear,
+    ternary_linear_float,
+    ternary_linear_int8,
     ternary_matmul_int32,
     unpack_ternary,
 )
 from tetra.kernels import ternary_matmul as source
 
 Run = Callable[..., Any]
+
+
+@pytest.fixture(params=["interpreter", pytest.param("triton", marks=pytest.mark.gpu)])
+def triton_only(request: pytest.FixtureRequest) -> Run:
+    """Calls a function where the Triton kernel runs."""
+    if request.param == "interpreter":
+        return request.getfixturevalue("interpreter")  # type: ignore[no-any-return]
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*(a.cuda() if isinstance(a, Tensor) else a for a in arguments)).cpu()
+
+    return call
 
 
 def random_codes(n: int, k: int) -> Tensor:
@@ -112,38 +126,70 @@ def test_packing_of_wrong_types_and_shapes_is_refused() -> None:
         unpack_ternary(torch.zeros(2, 32, dtype=torch.uint8), 129)
 
 
-def run_ptx(ptx: str, word: np.ndarray) -> np.ndarray:
-    """Executes the two instructions that the unpacking uses, on 32-bit registers."""
-    registers: dict[str, np.ndarray | np.uint32] = {"$1": word.astype(np.uint32)}
-    instructions = re.findall(r"(shl|and)\.b32 (\S+), (\S+), (\w+);", ptx)
-    assert instructions
-    for operation, target, operand, constant in instructions:
-        number = np.uint32(int(constant, 0))
-        value = registers[operand]
-        registers[target] = value << number if operation == "shl" else value & number
-    return np.asarray(registers["$0"])
+def run_ptx(ptx: str, word: np.ndarray, name: str) -> dict[str, np.ndarray]:
+    """Executes the instructions that the unpacking uses, on 32-bit registers; ``name`` holds ``word``."""
+    registers: dict[str, np.ndarray] = {name: word.astype(np.uint32)}
+    instructions = re.findall(r"(shl|and|prmt)\.b32 ([^;]+);", ptx)
+    assert len(instructions) == ptx.count(".b32") - ptx.count(".reg")
+    for operation, operands in instructions:
+        target, source_name, *constants = operands.split(", ")
+        value, numbers = registers[source_name], [np.uint32(int(text, 0)) for text in constants]
+        if operation == "shl":
+            registers[target] = value << numbers[0]
+        elif operation == "and":
+            registers[target] = value & numbers[0]
+        else:  # byte i of the result is that byte of (value, other) which digit i of the selector names
+            pair = value.astype(np.uint64) | np.uint64(numbers[0]) << np.uint64(32)
+            picked = [pair >> np.uint64(8 * (int(numbers[1]) >> 4 * i & 7)) & np.uint64(0xFF) for i in range(4)]
+            registers[target] = sum(byte << np.uint64(8 * i) for i, byte in enumerate(picked)).astype(np.uint32)
+    return registers
+
+
+def every_byte_in_every_lane() -> Iterator[tuple[int, np.ndarray]]:
+    """(lane, words): all bytes in one lane of a 32-bit word, with different neighbours in the others."""
+    every_byte = np.arange(256, dtype=np.uint32)
+    for lane in range(4):
+        for others in (0, 0xFFFFFFFF, 0xA5A5A5A5, 0x5A5A5A5A):
+            yield lane, (every_byte << np.uint32(8 * lane)) | np.uint32(others & ~(0xFF << 8 * lane))
+
+
+CODE_OF = np.array([0, 1, -128, -1])  # of two bits; 10, which is illegal, has no value
 
 
 def test_inline_assembly_on_every_byte_in_every_lane() -> None:
-    text = inspect.getsource(source._unpack_plane.fn)
-    programs = re.findall(r'_on_four_bytes\(packed, "([^"]*)"\)', text)
+    programs = re.findall(r'_on_four_bytes\(packed, "([^"]*)"\)', inspect.getsource(source._unpack_plane.fn))
     assert len(programs) == 4
-    every_byte = np.arange(256, dtype=np.uint32)
-    code_of = np.array([0, 1, -128, -1])  # 10, which is illegal, has no value
-    for lane in range(4):
-        for others in (0, 0xFFFFFFFF, 0xA5A5A5A5, 0x5A5A5A5A):
-            words = (every_byte << np.uint32(8 * lane)) | np.uint32(others & ~(0xFF << 8 * lane))
-            for plane, ptx in enumerate(programs):
-                out = run_ptx(ptx, words)
-                byte = ((out >> np.uint32(8 * lane)) & np.uint32(0xFF)).astype(np.uint8).view(np.int8)
-                fields = every_byte >> 2 * plane & 3
-                legal = fields != 2
-                assert np.array_equal(byte[legal], 64 * code_of[fields[legal]])
+    for lane, words in every_byte_in_every_lane():
+        for plane, ptx in enumerate(programs):
+            out = run_ptx(ptx, words, "$1")["$0"]
+            byte = ((out >> np.uint32(8 * lane)) & np.uint32(0xFF)).astype(np.uint8).view(np.int8)
+            fields = np.arange(256) >> 2 * plane & 3
+            legal = fields != 2
+            assert np.array_equal(byte[legal], 64 * CODE_OF[fields[legal]])
+
+
+def test_inline_assembly_for_floats_on_every_byte_in_every_lane() -> None:
+    """The result is 2 * code as float16 and, with the same bits, as bfloat16."""
+    around = re.findall(r'"([^"]*)"', inspect.getsource(source._to_four_halves.fn).split('"""')[2])
+    shifts = re.findall(r'_to_four_halves\(packed, "([^"]*)"\)', inspect.getsource(source._unpack_plane.fn))
+    assert len(shifts) == 4
+    for lane, words in every_byte_in_every_lane():
+        for plane, shift in enumerate(shifts):
+            registers = run_ptx(around[0] + shift + around[1], words, "$2")
+            halves = (registers[f"${lane // 2}"] >> np.uint32(16 * (lane % 2)) & np.uint32(0xFFFF)).astype(np.uint16)
+            fields = np.arange(256) >> 2 * plane & 3
+            legal = fields != 2
+            bits = torch.from_numpy(halves.view(np.int16))
+            for dtype in (torch.float16, torch.bfloat16):
+                assert np.array_equal(bits.view(dtype).float().numpy()[legal], 2 * CODE_OF[fields[legal]])
 
 
 # --- the exact product -------------------------------------------------------------------------------------
 
-SHAPES = [(0, 5, 7), (1, 1, 1), (3, 0, 40), (1, 130, 127), (7, 5, 128), (33, 17, 129), (65, 70, 260), (2, 3, 3072)]
+SHAPES = [
+    *((0, 5, 7), (3, 0, 40), (1, 1, 1), (1, 130, 127), (2, 3, 3072), (15, 16, 128), (17, 5, 128)),
+    *((33, 17, 129), (65, 70, 260), (128, 48, 384), (530, 16, 128), (531, 21, 130)),
+]
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
@@ -197,7 +243,7 @@ def test_product_is_exact_on_older_processors(isa: str) -> None:
         "w = torch.randint(-1, 2, (130, 768), dtype=torch.int8); w[0] = 1; w[1] = -1\n"
         "assert torch.equal(ternary_matmul_int32(x, pack_ternary(w)).long(), x.long() @ w.long().T)\n"
     )
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "TETRA_BACKEND": "torch"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -224,6 +270,32 @@ def test_inputs_may_start_at_any_byte(run: Run, offset: int) -> None:
     assert torch.equal(unpack_ternary(moved, 128), codes)
 
 
+def int32_sums(x_q: Tensor, packed: Tensor, config: tuple[int, ...]) -> Tensor:
+    """The product in a configuration of one's own choice."""
+    return source._launch_ternary_matmul(x_q, packed, None, None, source.Epilogue(), torch.int32, config)
+
+
+@pytest.mark.parametrize("config", source.CONFIGS, ids=str)
+def test_every_configuration_is_exact(triton_only: Run, config: tuple[int, ...]) -> None:
+    for m, n, k in ((17, 66, 3 * 128), (35, 64, 2 * 128)):  # odd and even numbers of groups
+        x_q, codes = random_activations(m, k), random_codes(n, k)
+        assert torch.equal(triton_only(int32_sums, x_q, pack_ternary(codes), config), product(x_q, codes))
+
+
+def int32_sums_of_rows_apart(x_q: Tensor, packed: Tensor) -> Tensor:
+    """The product of rows that 32 bits cannot count the distance of; most of the memory is never touched."""
+    m, k = x_q.shape
+    apart = 2**31 // (m - 1) + 16
+    memory = torch.empty((m - 1) * apart + k, dtype=torch.int8, device=x_q.device)
+    rows = memory.as_strided((m, k), (apart, 1)).copy_(x_q)
+    return int32_sums(rows, packed, source.CONFIGS[0])
+
+
+def test_offsets_beyond_32_bits(triton_only: Run) -> None:
+    x_q, codes = random_activations(3, 128), random_codes(4, 128)
+    assert torch.equal(triton_only(int32_sums_of_rows_apart, x_q, pack_ternary(codes)), product(x_q, codes))
+
+
 # --- the linear layer --------------------------------------------------------------------------------------
 
 
@@ -236,6 +308,153 @@ def test_linear_is_dequantised_product(run: Run, dtype: torch.dtype, tolerance: 
     expected = product(x_q, codes).double() * scale.double()[:, None] * 0.37 + bias.double()
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+# Relative to 1 + |result|: a rounding of the type, and for float32 those of a handful of operations. Triton's
+# interpreter cuts bfloat16 off instead of rounding it.
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert found.shape == expected.shape
+    assert ((found.double() - expected).abs() <= tolerance * (1 + expected.abs())).all()
+
+
+def layer(
+    x_q: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gelu: bool,
+    scaled_columns: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """ternary_linear_int8 with all arguments by position, as ``run`` wants them."""
+    return ternary_linear_int8(
+        *(x_q, scale, packed, weight_scale, bias),
+        gelu=gelu,
+        residual=residual,
+        scaled_columns=scaled_columns,
+        column_scale=-0.37,
+        out_dtype=out_dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    ("with_bias", "gelu", "scaled_columns", "with_residual"),
+    [(False, False, 20, False), (True, False, 0, True), (True, True, 0, False), (True, True, 33, True)],
+)
+def test_layer_on_codes_is_the_formula(
+    run: Run, dtype: torch.dtype, with_bias: bool, gelu: bool, scaled_columns: int, with_residual: bool
+) -> None:
+    """The epilogues of a ternary block (q scaled; bias and residual; bias and GELU), and all of them at once."""
+    m, n, k = 19, 33, 130
+    x_q, scale = quantize_rows(torch.randn(m, k))
+    packed, weight_scale = pack_ternary(random_codes(n, k)), torch.tensor(0.11)
+    bias = torch.randn(n).to(dtype) if with_bias else None
+    residual = torch.randn(m, n).to(dtype) if with_residual else None
+    found = run(layer, x_q, scale, packed, weight_scale, bias, residual, gelu, scaled_columns, dtype)
+    expected = source.ternary_linear_reference(
+        *(x_q, scale, packed, weight_scale, bias),
+        gelu=gelu,
+        residual=residual,
+        scaled_columns=scaled_columns,
+        column_scale=-0.37,
+    )
+    assert found.dtype == dtype
+    assert_near(found, expected, TOLERANCES[dtype])
+
+
+def test_layer_takes_arguments_as_views(run: Run) -> None:
+    """Rows, residual and parameters of any strides and at any offset; leading dimensions are kept."""
+    x_q, scale = quantize_rows(torch.randn(2, 5, 140))
+    x_q, scale = torch.cat([x_q, x_q], -1)[..., 3:143], torch.stack([scale, scale], -1)[..., 1]
+    packed = pack_ternary(random_codes(24, 140))
+    bias, residual = torch.randn(48)[1::2], torch.randn(24, 2, 7)[..., 1:6].permute(1, 2, 0).half()
+    found = run(layer, x_q, scale, packed, torch.tensor([0.2]), bias, residual, False, 0, torch.float16)
+    plain = (x_q.reshape(10, 140).contiguous(), scale.reshape(10).contiguous(), packed, 0.2, bias)
+    expected = source.ternary_linear_reference(*plain, residual=residual.reshape(10, 24))
+    assert_near(found, expected.view(2, 5, 24), TOLERANCES[torch.float16])
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (3,), ()])
+def test_layer_on_codes_of_few_rows(run: Run, shape: tuple[int, ...]) -> None:
+    x_q, scale = torch.ones(*shape, 40, dtype=torch.int8), torch.full(shape, 0.5)
+    packed = pack_ternary(torch.ones(7, 40, dtype=torch.int8))
+    found = run(layer, x_q, scale, packed, torch.tensor(0.1), None, None, False, 0, torch.float32)
+    torch.testing.assert_close(found, torch.full((*shape, 7), 2.0))
+
+
+def int8_layer(x_q: Tensor, scale: Tensor, packed: Tensor, bias: Tensor, config: tuple[int, ...]) -> Tensor:
+    epilogue, weight_scale = source.Epilogue(bias, gelu=True), torch.tensor(0.3, device=x_q.device)
+    return source._launch_ternary_matmul(x_q, packed, scale, weight_scale, epilogue, torch.float16, config)
+
+
+def float_layer(x: Tensor, packed: Tensor, bias: Tensor, residual: Tensor, config: tuple[int, ...] | None) -> Tensor:
+    """In the configuration ``config``, or in that which the operation chooses."""
+    if config is None:
+        return ternary_linear_float(x, packed, 0.3, bias, gelu=True, residual=residual)
+    epilogue, weight_scale = source.Epilogue(bias, True, residual), torch.tensor(0.3, device=x.device)
+    return source._launch_ternary_matmul(x, packed, None, weight_scale, epilogue, x.dtype, config)
+
+
+SPLIT = [row for row in source.CONFIGS if row[3] > 1]
+
+
+@pytest.mark.parametrize("config", SPLIT, ids=str)
+def test_splitting_k_changes_no_bit(triton_only: Run, config: tuple[int, ...]) -> None:
+    x_q, scale = quantize_rows(torch.randn(18, 5 * 128))
+    packed, bias = pack_ternary(random_codes(70, 5 * 128)), torch.randn(70)
+    whole = triton_only(int8_layer, x_q, scale, packed, bias, source.CONFIGS[0])
+    assert torch.equal(triton_only(int8_layer, x_q, scale, packed, bias, config), whole)
+
+
+def split_twice(x_q: Tensor, packed: Tensor) -> Tensor:
+    """Two launches one after the other with the same counters, which the second finds as the first left them."""
+    kept = torch.zeros(8, dtype=torch.int32, device=x_q.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "_zeroed_counters", lambda device, n: kept)
+        both = [int32_sums(x_q, packed, SPLIT[0]) for _ in range(2)]
+    return torch.stack([*both, kept.sum().expand_as(both[0])])
+
+
+def test_splitting_k_leaves_its_counters_clean(triton_only: Run) -> None:
+    x_q, codes = random_activations(20, 512), random_codes(80, 512)
+    first, second, kept = triton_only(split_twice, x_q, pack_ternary(codes))
+    assert torch.equal(first, product(x_q, codes))
+    assert torch.equal(second, first)
+    assert not kept.any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 100), (20, 66, 384)])
+def test_layer_on_floats_is_the_formula(run: Run, dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    x, packed, bias, residual = torch.randn(m, k), pack_ternary(random_codes(n, k)), torch.randn(n), torch.randn(m, n)
+    x, bias, residual = x.to(dtype), bias.to(dtype), residual.to(dtype)
+    found = run(float_layer, x, packed, bias, residual, None)
+    expected = source.ternary_linear_reference(x, 1.0, packed, 0.3, bias, gelu=True, residual=residual)
+    assert found.dtype == dtype
+    # Sums of K float32 products round too.
+    assert_near(found, expected, TOLERANCES[dtype] + 1e-7 * k**0.5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_layer_on_floats_in_every_configuration(triton_only: Run, dtype: torch.dtype) -> None:
+    x, packed = torch.randn(9, 640).to(dtype), pack_ternary(random_codes(40, 640))
+    bias, residual = torch.randn(40).to(dtype), torch.randn(9, 40).to(dtype)
+    expected = source.ternary_linear_reference(x, 1.0, packed, 0.3, bias, gelu=True, residual=residual)
+    for config in source.configs_for(80, x.itemsize):
+        found = triton_only(float_layer, x, packed, bias, residual, config)
+        assert_near(found, expected, TOLERANCES[dtype] + 1e-7 * 640**0.5)
+
+
+def test_half_precision_sums_do_not_overflow() -> None:
+    """Each product fits float16 and so does the result, but the sum on its way is 100 times too large."""
+    x, packed = torch.full((1, 1024), 6000.0, dtype=torch.float16), pack_ternary(torch.ones(1, 1024, dtype=torch.int8))
+    torch.testing.assert_close(ternary_linear_float(x, packed, 1e-3), torch.tensor([[6144.0]], dtype=torch.float16))
 
 
 def test_linear_keeps_leading_dimensions_and_takes_no_bias() -> None:
@@ -277,6 +496,8 @@ def test_wrong_arguments_name_the_argument_and_the_value() -> None:
         ternary_linear(torch.zeros(2, 40), packed, 1.0, torch.zeros(5))
     with pytest.raises(ValueError, match=r"weight_scale: shape is \(2,\)"):
         ternary_linear(torch.zeros(2, 40), packed, torch.ones(2))
+    with pytest.raises(TypeError, match=r"bias: dtype is torch\.int64"):
+        ternary_linear(torch.zeros(2, 40), packed, 1.0, torch.zeros(6, dtype=torch.int64))
     too_wide = source.MAX_K + 1
     with pytest.raises(ValueError, match="overflow"):
         ternary_matmul_int32(
@@ -284,20 +505,144 @@ def test_wrong_arguments_name_the_argument_and_the_value() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"x_q": torch.zeros(2, 40)}, TypeError, r"x_q: dtype is torch\.float32"),
+        ({"x_q": torch.zeros(2, 200, dtype=torch.int8)}, ValueError, "x_q: 200 values a row"),
+        ({"x_q": torch.tensor(1, dtype=torch.int8)}, ValueError, "x_q: is a scalar"),
+        ({"x_q": torch.zeros(2, 0, dtype=torch.int8)}, ValueError, r"x_q: shape \(2, 0\) has no values"),
+        ({"scale": torch.ones(2).half()}, TypeError, r"scale: dtype is torch\.float16"),
+        ({"scale": torch.ones(3)}, ValueError, r"scale: shape is \(3,\), wanted \(2,\)"),
+        ({"packed": torch.zeros(6, 32)}, TypeError, r"packed: dtype is torch\.float32"),
+        ({"packed": torch.zeros(6, 40, dtype=torch.uint8)}, ValueError, "multiple of 32"),
+        ({"packed": torch.zeros(6, 32, dtype=torch.uint8, device="meta")}, ValueError, "packed: is on meta"),
+        ({"weight_scale": torch.ones(2)}, ValueError, r"weight_scale: shape is \(2,\)"),
+        ({"weight_scale": torch.tensor(1)}, TypeError, r"weight_scale: dtype is torch\.int64"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias: shape is \(5,\), wanted \(6,\)"),
+        ({"residual": torch.zeros(6)}, ValueError, r"residual: shape is \(6,\), wanted \(2, 6\)"),
+        ({"residual": torch.zeros(2, 6, dtype=torch.int8)}, TypeError, r"residual: dtype is torch\.int8"),
+        ({"scaled_columns": 7}, ValueError, "scaled_columns: is 7, wanted 0 to 6"),
+        ({"scaled_columns": -1}, ValueError, "scaled_columns: is -1"),
+        ({"out_dtype": torch.int32}, TypeError, r"out_dtype: is torch\.int32"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_of_the_layer_on_codes(change: dict[str, Any], error: type[Exception], match: str) -> None:
+    right = {
+        "x_q": torch.zeros(2, 40, dtype=torch.int8),
+        "scale": torch.ones(2),
+        "packed": pack_ternary(random_codes(6, 40)),
+        "weight_scale": 1.0,
+    }
+    ternary_linear_int8(**right)
+    with pytest.raises(error, match=match):
+        ternary_linear_int8(**{**right, **change})
+
+
+def test_wrong_arguments_of_the_layer_on_floats() -> None:
+    packed = pack_ternary(random_codes(6, 40))
+    with pytest.raises(TypeError, match=r"x: dtype is torch\.float64"):
+        ternary_linear_float(torch.zeros(2, 40, dtype=torch.float64), packed, 1.0)
+    with pytest.raises(TypeError, match=r"x: dtype is torch\.int8"):
+        ternary_linear_float(torch.zeros(2, 40, dtype=torch.int8), packed, 1.0)
+    with pytest.raises(ValueError, match="x: 129 values a row"):
+        ternary_linear_float(torch.zeros(2, 129), packed, 1.0)
+    with pytest.raises(ValueError, match=r"residual: shape is \(2, 5\)"):
+        ternary_linear_float(torch.zeros(2, 40), packed, 1.0, residual=torch.zeros(2, 5))
+
+
 def test_widest_accepted_product_cannot_overflow() -> None:
     """128 (largest activation) x 64 (an unpacked 1) a term, as the compiled kernel sums them."""
     assert source.MAX_K * 128 * 64 < 2**31 <= (source.MAX_K + 1) * 128 * 64
+
+
+# --- choice of the configuration ---------------------------------------------------------------------------
+
+
+@given(
+    arch=st.sampled_from([80, 86, 87, 89, 90, 100, 120]),
+    n_sms=st.integers(1, 200),
+    m=st.integers(1, 1 << 20),
+    n=st.integers(1, 8192),
+    k=st.integers(1, 8192),
+    x_bytes=st.sampled_from([1, 2, 4]),
+)
+@settings(max_examples=60, deadline=None)
+def test_prediction_is_above_the_tensor_cores_bound(
+    arch: int, n_sms: int, m: int, n: int, k: int, x_bytes: int
+) -> None:
+    macs = {80: 2048, 86: 1024, 87: 2048, 89: 1024, 90: 4096, 100: 2048, 120: 1024}[arch] / x_bytes
+    config = source.default_config(arch, n_sms, m, n, k, x_bytes)
+    assert config in source.configs_for(arch, x_bytes)
+    clocks = source.predicted_clocks(config, arch, n_sms, m, n, k, x_bytes)
+    assert clocks >= m * n * k / (macs * n_sms)
+    others = (source.predicted_clocks(row, arch, n_sms, m, n, k, x_bytes) for row in source.configs_for(arch, x_bytes))
+    assert clocks <= min(others)
+
+
+def test_few_rows_get_small_tiles_and_many_get_large_ones() -> None:
+    for arch in (80, 86, 87, 89, 90, 100, 120):
+        assert source.default_config(arch, 100, 1, 768, 768)[0] == 16
+        assert source.default_config(arch, 100, 64 * 530, 3072, 768)[:2] in ((128, 128), (256, 128))
+    few_tiles = source.default_config(80, 108, 8, 768, 3072)
+    assert few_tiles[3] > 1, "12 tiles on 108 multiprocessors: K should be split"
 
 
 # --- torch operators ---------------------------------------------------------------------------------------
 
 
 def test_operators_are_well_formed() -> None:
-    packed = pack_ternary(random_codes(6, 40))
-    torch.library.opcheck(source._ternary_matmul_int32_op, (random_activations(5, 40), packed))
+    packed, x_q, scale = pack_ternary(random_codes(6, 40)), random_activations(5, 40), torch.rand(5)
+    x, weight_scale, residual = torch.randn(5, 40), torch.tensor(0.3), torch.randn(5, 6)
+    torch.library.opcheck(source._ternary_matmul_int32_op, (x_q, packed))
     for bias in (None, torch.randn(6)):
-        torch.library.opcheck(source._ternary_linear_op, (torch.randn(5, 40), packed, torch.tensor(0.3), bias))
+        torch.library.opcheck(source._ternary_linear_op, (x, packed, weight_scale, bias))
+    full = (x_q, scale, packed, weight_scale, torch.randn(6), True, residual, 3, 0.5, torch.bfloat16)
+    plain = (x_q, scale, packed, weight_scale, None, False, None, 0, 1.0, torch.float32)
+    for arguments in (full, plain):
+        torch.library.opcheck(source._ternary_linear_int8_op, arguments)
+    for dtype in (torch.float16, torch.float32):
+        torch.library.opcheck(
+            source._ternary_linear_float_op, (x.to(dtype), packed, weight_scale, None, True, residual.to(dtype))
+        )
+
+
+class Layers(torch.nn.Module):
+    """Every product once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("packed", pack_ternary(random_codes(40, 40)))
+        self.register_buffer("weight_scale", torch.tensor(0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = ternary_linear(x, self.packed, self.weight_scale)
+        x = ternary_linear_float(x, self.packed, self.weight_scale, gelu=True, residual=x)
+        x_q, scale = quantize_rows_for_export(x)
+        options = {"residual": x, "scaled_columns": 8, "column_scale": 0.5, "out_dtype": torch.float32}
+        y = ternary_linear_int8(x_q, scale, self.packed, self.weight_scale, **options)
+        return y + ternary_matmul_int32(x_q.flatten(0, 1), self.packed).view(y.shape)
+
+
+def quantize_rows_for_export(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Without quantize_rows' look at the values."""
+    scale = x.abs().amax(-1) / 127
+    return (x / scale[..., None]).round().to(torch.int8), scale
+
+
+def test_layers_compile_and_export() -> None:
+    layers = Layers()
+    small, large = torch.randn(2, 3, 40), torch.randn(5, 3, 40)
+    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(small), layers(small))
+    exported = torch.export.export(layers, (small,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    torch.testing.assert_close(exported.module()(large), layers(large))
 
 
 def test_cost_counts_operations_and_bytes() -> None:
-    assert source.cost(530, 3072, 768) == (2 * 530 * 3072 * 768, 530 * 768 + 3072 * 192 + 2 * 530 * 3072)
+    operations = 2 * 530 * 3072 * 768
+    n_bytes = 530 * (768 + 4) + 3072 * (192 + 4) + 2 * 530 * 3072
+    assert source.cost(530, 3072, 768) == (operations, n_bytes)
+    assert source.cost(530, 3072, 768, residual=True) == (operations, n_bytes + 2 * 530 * 3072)
+    assert source.cost(530, 3072, 768, 4, x_bytes=2) == (operations, 530 * 1536 + 3072 * 196 + 4 * 530 * 3072)

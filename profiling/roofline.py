@@ -1,0 +1,193 @@
+"""Static model: what a launch must take at least, and what its compiled code makes of that. Predictions, never
+measurements.
+
+A launch of ``blocks`` thread blocks on a GPU with ``n_sms`` multiprocessors (SMs) is predicted to take
+
+    max(max over units u of c_u * ceil(blocks / n_sms) / clock, bytes / bandwidth) + overhead
+
+where c_u are the clocks for which one block keeps unit u of its SM busy: instructions of the main loop times its
+iterations, plus those outside it, each at the unit's rate. ceil(blocks / n_sms) is what the busiest SM gets (wave
+quantisation); ``bytes`` counts every tensor once. The units are
+
+    tensor   multiply-adds of the tensor-core instructions / the chip's peak
+    issue    all instructions, 4 warp instructions a clock
+    alu, float, special   integer, float32, and conversion or exponential instructions, 32 lanes each
+    shared   bytes through shared memory, 128 a clock
+    l2       bytes to and from the second-level cache, 64 a clock
+
+The model knows no latency: it takes for granted that the resident warps hide it. The *bound* is what no code could
+pass, max(operations / peak, bytes / bandwidth), without overhead; a launch's share of the bound is
+bound / prediction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tetra.autotune.hardware import Product
+from tetra.profiling.sass import Instruction, Report, mma_shape
+
+UNITS = ("tensor", "issue", "alu", "float", "special", "shared", "l2")
+
+# Seconds between two kernels of one CUDA graph. NVIDIA's "Getting Started with CUDA Graphs" measured 3.4 us a kernel
+# for kernels of 2.9 us, on a V100; doubled here for filling and draining the multiprocessors. An assumption.
+LAUNCH_OVERHEAD_S = 1e-6
+
+FORMULA = (
+    "launch = max(max_u(clocks_u of a block) * ceil(blocks / SMs) / clock, bytes / bandwidth) + 1 us; "
+    "u: tensor, issue, alu, float, special, shared, l2; bound = max(operations / peak, bytes / bandwidth)"
+)
+
+_LANES = 32
+_WARPGROUP = 4  # wgmma is issued by four warps together
+_SLOW = {"MUFU", "POPC", "I2F", "F2I", "F2F"}  # the other conversions run at the integer units' rate
+
+
+def tensor_dtype(name: str) -> str:
+    """``int8``, ``tf32`` or ``fp16`` (also bf16): the operands of a tensor-core instruction."""
+    if "IMMA" in name or "IGMMA" in name:
+        return "int8"
+    return "tf32" if "TF32" in name else "fp16"
+
+
+def warp_macs(name: str) -> float | None:
+    """Multiply-adds that one warp contributes with a tensor-core instruction; None where its name does not tell."""
+    shape = mma_shape(name)
+    if shape is None:
+        return None
+    return math.prod(shape) / (_WARPGROUP if "GMMA" in name else 1)
+
+
+def unit_clocks(instructions: Iterable[Instruction], num_warps: int, product: Product) -> dict[str, float]:
+    """Clocks for which each unit of one SM is busy when ``num_warps`` warps run ``instructions`` once.
+
+    Tensor-core instructions whose size is not in their name (tcgen05) count nothing.
+    """
+    chip = product.chip
+    clocks = dict.fromkeys(UNITS, 0.0)
+    for instruction in instructions:
+        kind = instruction.kind
+        clocks["issue"] += 1 / chip.issue_per_clock
+        if kind == "mma":
+            macs = warp_macs(instruction.name)
+            clocks["tensor"] += (macs or 0) / product.macs_per_clock(tensor_dtype(instruction.name))
+        elif kind == "float":
+            clocks["float"] += _LANES / chip.float_per_clock
+        elif kind in ("cvt", "popc") and instruction.base in _SLOW:
+            clocks["special"] += _LANES / chip.special_per_clock
+        elif kind in ("alu", "cvt"):
+            clocks["alu"] += _LANES / chip.alu_per_clock
+        elif kind == "shfl":
+            clocks["shared"] += 128 / chip.shared_bytes_per_clock
+        elif kind in ("lds", "ldsm", "sts"):
+            clocks["shared"] += instruction.access_bytes / chip.shared_bytes_per_clock
+        elif kind in ("ldg", "stg", "local", "ldgsts", "atomic"):
+            clocks["l2"] += instruction.access_bytes / chip.l2_bytes_per_clock
+            if kind == "ldgsts":
+                clocks["shared"] += instruction.access_bytes / chip.shared_bytes_per_clock
+    return {unit: num_warps * n for unit, n in clocks.items()}
+
+
+@dataclass(frozen=True)
+class LoopLimit:
+    """Which unit an iteration of a main loop waits for, predicted.
+
+    Attributes:
+        clocks: of every unit, a block and iteration; of ``memory`` too for kernels without products.
+        unit: the busiest one.
+        tensor_share: of the busiest unit's time the tensor cores work; None without products, and for tcgen05,
+            whose size is unknown.
+    """
+
+    clocks: dict[str, float]
+    unit: str
+    tensor_share: float | None
+
+
+def loop_limit(report: Report, product: Product) -> LoopLimit:
+    """What limits the main loop of a compiled kernel on ``product``."""
+    clocks = unit_clocks(report.loop, report.num_warps, product)
+    if not report.tensor_core:
+        # Nothing is used twice, so what passes the second-level cache comes from memory.
+        per_sm = product.dram_gb_per_s / product.clock_ghz / product.n_sms
+        clocks["memory"] = clocks["l2"] * product.chip.l2_bytes_per_clock / per_sm
+    unit = max(clocks, key=lambda name: clocks[name])
+    sized = bool(report.tensor_core) and all(warp_macs(name) is not None for name in report.tensor_core)
+    return LoopLimit(clocks, unit, clocks["tensor"] / clocks[unit] if sized and clocks[unit] else None)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, on a shape.
+
+    Attributes:
+        name: what it does in the model.
+        kernel: the file that holds it, or ``library`` for products that torch's own libraries compute.
+        operations: two a multiply-add.
+        dtype: of the operands: int8, fp16 (tensor cores) or fp32 (elsewhere).
+        n_bytes: moved at least, every tensor once.
+        blocks: thread blocks.
+        iterations: of a block's main loop, as it is written; 1 for kernels whose code runs once.
+        macs: multiply-adds of one iteration, with padding; 0 where there are none.
+    """
+
+    name: str
+    kernel: str
+    operations: int
+    dtype: str
+    n_bytes: int
+    blocks: int
+    iterations: int = 1
+    macs: int = 0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted seconds of one launch, the bound that no code could pass, and what decides each (a unit or memory)."""
+
+    launch: Launch
+    seconds: float
+    bound_s: float
+    limit: str
+    bound_by: str
+
+
+def bound_seconds(launch: Launch, product: Product) -> tuple[float, str]:
+    """The roofline: (seconds, which of ``tensor``, ``float`` and ``memory`` sets it)."""
+    on_tensor_cores = launch.dtype != "fp32"
+    macs = product.macs_per_clock(launch.dtype) if on_tensor_cores else product.chip.float_per_clock
+    compute = launch.operations / (2 * macs * product.n_sms * product.clock_ghz * 1e9)
+    memory = launch.n_bytes / (product.dram_gb_per_s * 1e9)
+    return max(compute, memory), "memory" if memory >= compute else "tensor" if on_tensor_cores else "float"
+
+
+def predict_launch(launch: Launch, product: Product, report: Report | None = None) -> Prediction:
+    """Predicted time of ``launch`` on ``product``, by the formula of this module.
+
+    Without a ``report`` of compiled code (library products) the tensor cores are taken to run at their peak on
+    whole blocks.
+    """
+    bound, bound_by = bound_seconds(launch, product)
+    seconds, limit = bound, bound_by
+    waves = -(-launch.blocks // product.n_sms)  # blocks of the busiest multiprocessor
+    if report is None:
+        macs = launch.iterations * launch.macs
+        clocks = {"tensor": macs / product.macs_per_clock(launch.dtype)} if macs else {}
+    else:
+        loop = unit_clocks(report.loop, report.num_warps, product)
+        once = unit_clocks(report.outside, report.num_warps, product)
+        sizes = [warp_macs(name) for name in report.tensor_core]
+        unrolled = 1
+        if None in sizes:  # tcgen05
+            loop["tensor"] = launch.macs / product.macs_per_clock(launch.dtype)
+        elif launch.macs:
+            found = report.num_warps * sum((warp_macs(name) or 0) * n for name, n in report.tensor_core.items())
+            unrolled = max(round(found / launch.macs), 1)
+        clocks = {unit: launch.iterations / unrolled * loop[unit] + once[unit] for unit in UNITS}
+    for unit, n in clocks.items():
+        taken = n * waves / (product.clock_ghz * 1e9)
+        if taken > seconds:
+            seconds, limit = taken, unit
+    return Prediction(launch, seconds + LAUNCH_OVERHEAD_S, bound, limit, bound_by)
