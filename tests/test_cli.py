@@ -88,7 +88,7 @@ def test_version_and_help(tetra: Runner) -> None:
     assert tetra("--version").out == f"tetra {__version__}\n"
     result = tetra("--help")
     assert result.status == 0
-    for command in ("evaluate", "match", "info", "bench", "train", "pack", "demo"):
+    for command in ("evaluate", "match", "info", "bench", "kernels", "train", "pack", "demo"):
         assert f"\n  {command} " in result.out
 
 
@@ -215,6 +215,13 @@ def test_packing_names_the_layer_that_is_not_finite(tetra: Runner, tiny_model: T
         (["match", "{model}", "{tmp}/no", "{town}"], ["{tmp}/no"]),
         (["train", "run", "{tmp}/no.yaml", "--out", "{tmp}/run"], ["no.yaml"]),
         (["bench", "model", "--batch", "1", "--json", "{tmp}/no/x.json"], ["{tmp}/no"]),
+        (["bench", "model", "--plot", "{tmp}/x.jpg"], ["{tmp}/x.jpg", ".png"]),
+        (["bench", "kernels", "--plot", "{tmp}/no/x.png"], ["{tmp}/no"]),
+        (["bench", "kernels", "--json", "{tmp}"], ["{tmp}", "folder"]),
+        (["bench", "kernels", "--kernel", "gemm"], ["'gemm'", "ternary_matmul"]),
+        (["bench", "kernels", "--device", "nowhere"], ["nowhere"]),
+        (["kernels", "predict", "--gpu", "V100"], ["gpu: 'V100'", "A100 SXM 80GB"]),
+        (["kernels", "predict", "--markdown", "{tmp}/no/x.md"], ["{tmp}/no"]),
     ],
 )
 def test_bad_input_is_one_line(
@@ -225,6 +232,59 @@ def test_bad_input_is_one_line(
     result = tetra(*(arg.format(**names) for arg in args))
     assert_refused(result, *(word.format(**names) for word in words))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--arch", "sm_75"], ["sm_75", "not supported", "no int8 tensor-core product"]),
+        (["--arch", "sm_80", "--arch", "88"], ["sm_88 is unknown", "sm_80", "sm_120"]),
+        (["--arch", "hopper"], ["'hopper' is not an architecture"]),
+        (["--kernel", "gemm"], ["kernel: 'gemm' is unknown", "ternary_matmul", "row_quantize"]),
+    ],
+)
+def test_kernel_report_refuses(tetra: Runner, tmp_path: Path, args: list[str], words: list[str]) -> None:
+    assert_refused(tetra("kernels", "report", *args, "--json", tmp_path / "r.json"), *words)
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_kernel_predictions_say_what_they_are(tetra: Runner, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    files = ("--json", tmp_path / "p.json", "--markdown", tmp_path / "p.md")
+    result = tetra("kernels", "predict", "--gpu", "orin", "--batch", 1, *files)
+    assert result.status == 0, result.err
+    (row,) = read_json(tmp_path / "p.json")
+    assert (row["gpu"], row["batch"], row["label"], row["measured"]) == ("Jetson AGX Orin 64GB", 1, "predicted", False)
+    assert f"{row['predicted_ms']:.3f}" in result.out
+    assert "PREDICTED" in result.out
+    assert f"formula: {row['formula']}" in " ".join(result.out.split())
+    assert "predicted, never measured" in (tmp_path / "p.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["model", "kernels"])
+def test_bench_writes_figures_and_a_picture(tetra: Runner, tmp_path: Path, command: str) -> None:
+    args = ["bench", command, "--arch", "nano", "--repeats", 1, "--threads", 1, "--device", "cpu"]
+    args += ["--kernel", "bits"] if command == "kernels" else []
+    result = tetra(*args, "--json", tmp_path / "b.json", "--plot", tmp_path / "b.png")
+    assert result.status == 0, result.err
+    rows = read_json(tmp_path / "b.json")
+    assert isinstance(rows, list)
+    ratio = "ratio" if command == "kernels" else "ratio_to_fp32_sdpa"
+    for row in rows:
+        assert {"variant", "median_ms", "p95_ms", "first_call_ms", "versions", "commit", "device", ratio} <= row.keys()
+        assert row["variant"] in result.out
+        assert row["threads"] == 1
+    with Image.open(tmp_path / "b.png") as picture:
+        assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize("command", ["model", "kernels"])
+@pytest.mark.parametrize("option", ["--batch", "--repeats", "--threads"])
+def test_bench_refuses_numbers_below_one(tetra: Runner, command: str, option: str) -> None:
+    result = tetra("bench", command, option, 0)
+    assert result.status == 2
+    assert option in result.err
+    assert "Traceback" not in result.err
 
 
 def test_missing_extra_names_the_command_that_brings_it(tmp_path: Path) -> None:

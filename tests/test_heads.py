@@ -63,6 +63,38 @@ def test_other_grids(kind: str, grid: tuple[int, int]) -> None:
     assert torch.isfinite(out).all()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_in_every_dtype_is_near_float64(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    head, features = tiny_head(kind), features_of()
+    expected = head(features)
+    narrow = Features(features.tokens.to(dtype), features.grid)
+    with torch.no_grad():
+        found = head.to(dtype)(narrow)
+    assert found.dtype == dtype
+    assert (found.double() - expected).norm(dim=1).max() < tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_before_the_normalisation_have_the_descriptors_signs(kind: str) -> None:
+    head, features = tiny_head(kind), features_of(3)
+    assert torch.equal(head.values(features) > 0, head(features) > 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_keeps_the_gradient(kind: str) -> None:
+    head, features = tiny_head(kind).float(), features_of()
+    upstream = torch.randn(2, DIMENSIONS[kind])
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        head.zero_grad()
+        head.to(dtype)(Features(features.tokens.to(dtype), features.grid)).backward(upstream.to(dtype))
+        gradients.append({name: p.grad.double() for name, p in head.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() == {name for name, _ in head.named_parameters()}
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] - expected).norm() <= 1e-3 * expected.norm() + 1e-6, name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_batch(kind: str) -> None:
     assert tiny_head(kind)(features_of(0)).shape == (0, DIMENSIONS[kind])

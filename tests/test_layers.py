@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tetra.config import ModelConfig
-from tetra.layers import Conv2d, LayerNorm, Linear, PackedTernaryLinear, TernaryLinear, name_layers, set_lambda
+from tetra.layers import (
+    Conv2d,
+    LayerNorm,
+    Linear,
+    PackedTernaryLinear,
+    TernaryLinear,
+    name_layers,
+    norm_linear,
+    set_lambda,
+)
 from tetra.model import TetraModel
 
 # (in, out, leading shape of the input): below, at and beyond the 128 values of a packed group.
@@ -164,6 +173,80 @@ def test_non_finite_inputs_are_refused_by_name(packed: bool, value: float) -> No
     x[1, 2] = value
     with pytest.raises(ValueError, match=r"layer '0': .*row 1.*NaN or infinity"):
         layer(x)
+
+
+# --- the fused path ---
+
+
+def layer_norm64(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    t = x.double()
+    centred = t - t.mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    return scaled * norm.weight.detach().double() + norm.bias.detach().double()
+
+
+def norm_and_layer(n_in: int, n_out: int, bias: bool = True) -> tuple[LayerNorm, TernaryLinear]:
+    norm = LayerNorm(n_in)
+    with torch.no_grad():
+        norm.weight.normal_(1.0, 0.2)
+        norm.bias.normal_(0.0, 0.2)
+    return norm.requires_grad_(False), ternary(n_in, n_out, bias).requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("n_in", "n_out", "lead"), CASES)
+def test_norm_and_layer_fused_are_the_formula(
+    n_in: int, n_out: int, lead: tuple[int, ...], packed: bool, dtype: torch.dtype
+) -> None:
+    norm, layer = norm_and_layer(n_in, n_out)
+    x, residual = torch.randn(*lead, n_in).to(dtype), torch.randn(*lead, n_out).to(dtype)
+    values = layer_norm64(x, norm)
+    plain = torch.from_numpy(integer_linear(values, layer.weight, layer.bias))
+    # An activation at the border of two codes may fall to either: two steps of one weight are granted.
+    step = values.abs().amax(-1, keepdim=True) / 127 * codes_of(layer.weight)[1]
+    gelu = 0.5 * plain * (1 + torch.erf(plain / math.sqrt(2)))
+    scaled = plain.clone()
+    scaled[..., : n_out // 2] *= 0.125
+    for options, expected in (
+        ({}, plain),
+        ({"gelu": True, "residual": residual}, gelu + residual.double()),
+        ({"scaled_columns": n_out // 2, "column_scale": 0.125}, scaled),
+    ):
+        y = norm_linear(x, norm, layer.pack() if packed else layer, **options)  # type: ignore[arg-type]
+        assert y.dtype == dtype
+        assert y.shape == (*lead, n_out)
+        error = (y.double() - expected).abs()
+        assert (error <= 2.5 * step + torch.finfo(dtype).eps * expected.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("part", ["input", "norm"])
+def test_the_fused_path_refuses_non_finite_values_by_name(part: str, value: float) -> None:
+    norm, layer = norm_and_layer(6, 4)
+    layer.layer_name = "blocks.3.up"
+    x = torch.randn(2, 6)
+    (x[1] if part == "input" else norm.weight.data)[2] = value
+    with pytest.raises(ValueError, match=r"layer 'blocks\.3\.up': .*NaN or infinity"):
+        norm_linear(x, norm, layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("rest", [torch.float32, torch.float16])
+@pytest.mark.parametrize("width", [1, 7, 64, 300])
+def test_layer_norm_with_and_without_a_gradient(width: int, rest: torch.dtype, dtype: torch.dtype) -> None:
+    norm, _ = norm_and_layer(width, 1)
+    norm = norm.to(rest)
+    x = torch.randn(3, 2, width).to(dtype)
+    expected = layer_norm64(x, norm)
+    for wants_gradient in (True, False):
+        y = norm.requires_grad_(wants_gradient)(x)
+        assert y.requires_grad == wants_gradient
+        assert y.dtype == dtype
+        # Composed, the parameters are rounded to the dtype of the input first.
+        torch.testing.assert_close(
+            y.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-5 + torch.finfo(dtype).eps
+        )
 
 
 def test_a_layer_without_a_name_still_says_what_it_is() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -75,6 +76,83 @@ def test_packed_and_trained_agree_at_lambda_1(kind: str, stem: str, images: Tens
     assert packed.n_ternary() == model.n_ternary() > 0
 
 
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_trained_and_packed_tokens_are_the_same(stem: str, images: Tensor) -> None:
+    model = make("gem", stem).eval()
+    expected = model.pack().features(images).tokens
+    with torch.no_grad():
+        assert torch.equal(model.features(images).tokens, expected)
+    with_gradient = model.features(images).tokens
+    assert with_gradient.requires_grad
+    assert torch.equal(with_gradient, expected)
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_gradients_in_evaluation_are_those_of_training(stem: str, images: Tensor) -> None:
+    model = make("mixvpr", stem)
+    upstream = torch.randn(5, model.n_bits)
+    gradients = []
+    for training in (True, False):
+        copied = copy.deepcopy(model).train(training)
+        copied(images).backward(upstream)
+        gradients.append({name: p.grad for name, p in copied.named_parameters()})
+    trained, evaluated = gradients
+    for name, expected in trained.items():
+        assert expected is not None, name
+        # Where an activation rounds the other way in one of the two, all that follows differs a little.
+        error = (evaluated[name] - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert error < 0.05, name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_activations_are_refused_by_the_name_of_the_layer(value: float, images: Tensor) -> None:
+    packed = make().pack()
+    packed.backbone.position_embedding[0, 3, 5] = value
+    for call in (packed, packed.describe):
+        with pytest.raises(ValueError, match=r"layer 'backbone\.blocks\.0\.attention\.qkv': .*row 3 .*NaN or infinity"):
+            call(images)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_non_finite_descriptors_have_no_codes(kind: str, value: float, images: Tensor) -> None:
+    packed = make(kind).pack()
+    parameter = dict(packed.head.named_parameters())  # type: ignore[union-attr]
+    name = {"boq": "rows.bias", "salad": "token.3.bias", "mixvpr": "rows.bias", "gem": "project.bias"}[kind]
+    parameter[name].data[1] = value
+    with pytest.raises(ValueError, match="descriptor 0 of the batch has NaN or infinite values"):
+        packed.describe(images)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_activations_on_a_gpu_have_no_codes(value: float, images: Tensor) -> None:
+    # A look at every layer's values would stop the queue of launches; the last one tells as well.
+    packed = make().pack().cuda()
+    packed.backbone.position_embedding[0, 3, 5] = value
+    with pytest.raises(ValueError, match="descriptor 0 of the batch has NaN or infinite values"):
+        packed.describe(images.cuda())
+
+
+@pytest.mark.gpu
+def test_a_model_and_images_on_different_devices(images: Tensor) -> None:
+    for model, other in ((make().pack().cuda(), images), (make().pack(), images.cuda())):
+        with pytest.raises(ImageError, match=r"images are on .*, but the model is on .*; move one"):
+            model.describe(other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_on_a_gpu_are_those_of_the_cpu(kind: str, stem: str, images: Tensor) -> None:
+    packed = make(kind, stem).pack()
+    values, codes = packed(images), packed.describe(images)
+    found = packed.cuda().describe(images.cuda()).cpu()
+    # float32 convolutions and products may run in TF32 there.
+    differ = np.unpackbits((found ^ codes).numpy(), axis=1).astype(bool)
+    assert not (differ & (values.abs() > 2e-2 * values.abs().amax(1, keepdim=True)).numpy()).any()
+
+
 def test_packing_copies_everything(images: Tensor) -> None:
     model = make()
     packed = model.pack()
@@ -117,15 +195,17 @@ def test_rest_dtype(kind: str, rest_dtype: torch.dtype, images: Tensor) -> None:
     assert similarity.min() > 0.9
 
 
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_computing_in_bfloat16(kind: str, packed: bool, images: Tensor) -> None:
-    model = make(kind).eval()
+def test_computing_in_half_precision(kind: str, packed: bool, dtype: torch.dtype, stem: str, images: Tensor) -> None:
+    model = make(kind, stem).eval()
     reference = model(images)
     model = model.pack(torch.bfloat16) if packed else model
-    model.compute_dtype = torch.bfloat16
+    model.compute_dtype = dtype
     out = model(images)
-    assert out.dtype == torch.bfloat16
+    assert out.dtype == dtype
     similarity = torch.nn.functional.cosine_similarity(out.float(), reference)
     assert similarity.min() > 0.9
     assert model.describe(images).shape == (5, model.n_bits // 8)
@@ -200,6 +280,11 @@ def test_other_image_sizes(size: tuple[int, int]) -> None:
         (torch.zeros(1, 3, 64, 64, dtype=torch.int32), "torch.int32, expected uint8 or float"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.bool), "torch.bool"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.complex64), "torch.complex64"),
+        (torch.full((1, 3, 64, 64), 200.0), "torch.float32 with values up to 200, expected 0 to 1; divide by 255"),
+        (torch.full((1, 3, 64, 64), 2.0, dtype=torch.float16), "torch.float16 with values up to 2, expected 0 to 1"),
+        (torch.full((1, 3, 64, 64), math.nan), "values up to nan, expected 0 to 1"),
+        (torch.full((1, 3, 64, 64), math.inf), "values up to inf, expected 0 to 1"),
+        (torch.zeros(1, 3, 64, 64, device="meta"), "images are on meta, but the model is on cpu"),
     ],
 )
 def test_images_that_are_refused(images: Tensor, words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from tetra.config import BACKBONES, BackboneConfig
 from tetra.errors import ImageError
 from tetra.layers import TernaryLinear, set_lambda
-from tetra.vit import VisionTransformer
+from tetra.vit import Block, VisionTransformer
 
 TINY = BackboneConfig(width=32, depth=3, n_heads=2, head_dim=12, mlp_dim=48, image_size=(32, 48), patch_size=8)
 State = dict[str, Tensor]
@@ -167,14 +168,86 @@ def test_forward_is_the_plain_one(lam: float, training: bool) -> None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_inference_in_integers_is_close_to_the_plain_one() -> None:
-    backbone = randomised(TINY).float().eval()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.float16, 2e-2), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize(("n_heads", "head_dim"), [(2, 12), (1, 96), (3, 33)])
+def test_inference_in_integers_is_close_to_the_plain_one(
+    n_heads: int, head_dim: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    config = replace(TINY, n_heads=n_heads, head_dim=head_dim)
+    backbone = randomised(config).float().eval()
     images = torch.randn(2, 3, 32, 48)
     state = {k: v.double() for k, v in backbone.state_dict().items()}
-    expected, _ = plain_forward(state, TINY, images.double(), quantised=True)
+    expected, _ = plain_forward(state, config, images.double(), quantised=True)
     # One activation that rounds the other way moves a result by a step of 1/127.
-    error = (backbone(images).double() - expected).norm() / expected.norm()
-    assert error < 1e-2
+    error = (backbone(images.to(dtype)).double() - expected).norm() / expected.norm()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("ternary", [True, False])
+def test_a_block_infers_the_same_whether_or_not_a_gradient_is_wanted(ternary: bool) -> None:
+    block = Block(TINY, ternary).eval()
+    x = torch.randn(2, 7, 32)
+    with torch.no_grad():
+        expected = block(x)
+    assert torch.equal(block(x), expected)
+    assert torch.equal(block(x.requires_grad_()), expected)
+    assert torch.equal(block.requires_grad_(False)(x), expected)
+
+
+@pytest.mark.parametrize("wanted", ["all", "input", "one parameter"])
+@pytest.mark.parametrize("ternary", [True, False])
+def test_gradients_of_an_evaluated_block_are_those_of_training(ternary: bool, wanted: str) -> None:
+    block = Block(TINY, ternary)
+    if wanted != "all":
+        block.requires_grad_(False)
+    if wanted == "one parameter":
+        block.mlp.up.bias.requires_grad_(True)
+    upstream = torch.randn(2, 7, 32)
+    found = []
+    for training in (True, False):
+        x = torch.linspace(-2, 2, 2 * 7 * 32).reshape(2, 7, 32).requires_grad_(wanted != "one parameter")
+        copied = copy.deepcopy(block).train(training)
+        copied(x).backward(upstream)
+        found.append([x.grad, *(p.grad for p in copied.parameters())])
+    for trained, evaluated in zip(*found, strict=True):
+        assert (trained is None) == (evaluated is None)
+        if trained is not None:
+            torch.testing.assert_close(evaluated, trained, rtol=2e-2, atol=2e-2 * float(trained.abs().max()))
+
+
+@pytest.mark.parametrize("ternary", [True, False])
+def test_autocast_gets_the_composed_block(ternary: bool) -> None:
+    block, x = Block(TINY, ternary).eval(), torch.randn(2, 7, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = x + block.attention(x)
+        assert torch.equal(block(x), y + block.mlp(y))
+
+
+def test_collected_queries_and_keys_are_those_of_the_projection() -> None:
+    backbone = randomised(TINY).float().eval()
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        features = backbone.features(images, collect_last=2)
+        # Collecting composes the layers; one activation may round the other way.
+        error = (features.tokens - backbone(images)).norm() / features.tokens.norm()
+        assert error < 1e-2
+        state = {k: v.double() for k, v in backbone.state_dict().items()}
+        _, expected = plain_forward(state, TINY, images.double(), quantised=True)
+    for found, wanted in zip(features.queries_keys, expected[1:], strict=True):
+        for a, b in zip(found, wanted, strict=True):
+            assert (a.double() - b).norm() / b.norm() < 2e-2
+
+
+@pytest.mark.parametrize("size", [(32, 48), (16, 64)])
+def test_resizing_interpolates_positions_once(size: tuple[int, int]) -> None:
+    backbone = VisionTransformer(TINY).eval()
+    images = torch.randn(1, 3, *size)
+    expected = backbone(images)
+    backbone.resize(size)
+    assert backbone.position_embedding.shape == (1, 1 + size[0] * size[1] // 64, 32)
+    assert torch.equal(backbone(images), expected)
+    with pytest.raises(ImageError, match="multiples of 8"):
+        backbone.resize((33, 48))
 
 
 def test_feature_views() -> None:

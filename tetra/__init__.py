@@ -9,6 +9,7 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tetra.engine import Engine
     from tetra.files import load, save
     from tetra.model import TetraModel, create_model
 
@@ -18,7 +19,7 @@ if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "kernels").is_dir():
     __path__.append(str(_ROOT))
 
 __version__ = "0.1.0"
-__all__ = ["TetraModel", "create_model", "load", "save"]
+__all__ = ["Engine", "TetraModel", "create_model", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:
@@ -31,4 +32,8 @@ def __getattr__(name: str) -> Any:
         from tetra import model
 
         return getattr(model, name)
+    if name == "Engine":
+        from tetra import engine
+
+        return engine.Engine
     raise AttributeError(f"module 'tetra' has no attribute '{name}'")

@@ -8,9 +8,11 @@ Exit status: 0, 1 for a bug (with a traceback), 2 for bad input (one line), 130 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,7 +32,11 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(no_args_is_help=True, help="Time the parts on this machine.", rich_markup_mode=None)
 train_app = typer.Typer(no_args_is_help=True, help="Distil and fine-tune models.", rich_markup_mode=None)
+kernels_app = typer.Typer(
+    no_args_is_help=True, help="What the compiled kernels cost, without a GPU.", rich_markup_mode=None
+)
 app.add_typer(bench_app, name="bench")
+app.add_typer(kernels_app, name="kernels")
 app.add_typer(train_app, name="train")
 
 # Which extra of the distribution brings a package that is imported somewhere below.
@@ -52,6 +58,14 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images described at a time.
 SkipBad = Annotated[bool, typer.Option("--skip-bad-images", help="Report unreadable images and go on.")]
 Pictures = Annotated[Path | None, typer.Option(metavar="DIR", help="Write pictures of the matches there.")]
 
+Batch = Annotated[int, typer.Option(min=1, help="Images a pass.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed passes of each variant.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: PyTorch's choice]")]
+Compiled = Annotated[
+    bool | None,
+    typer.Option("--compiled/--no-compiled", help="PyTorch under torch.compile too. [default: on GPUs]"),
+]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw the result.")]
 NPictures = Annotated[int, typer.Option(min=1, help="How many queries get one.")]
 
 
@@ -119,7 +133,10 @@ def _options(
 def _print_table(table: Table) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has room
+        console.width = max(console.width, Console(width=1000).measure(table).maximum)
+    console.print(table)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -145,6 +162,31 @@ def _write_json(path: Path | None, value: object) -> None:
 
     if path is not None:
         write_json(path, value)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """What the libraries below say about bad arguments, as an error of the command line."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        if isinstance(error, TetraError):
+            raise
+        raise TetraError(str(error)) from error
+
+
+@contextmanager
+def _progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr, where that is a terminal: call it with (done, all, what comes next)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title)
+        yield lambda done, total, text: progress.update(
+            task, completed=done, total=total, description=f"{title} {text}"
+        )
 
 
 def _print_report(lines: list[str], notices: list[str], pictures: list[Path], folder: Path | None) -> None:
@@ -315,40 +357,223 @@ def demo(
 @bench_app.command("model")
 def bench_model(
     arch: Annotated[Arch, typer.Option(help="Architecture; weights are random.")] = Arch.vit_b,
-    batch: Annotated[int, typer.Option(min=1, help="Images a pass.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each variant.")] = 15,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: PyTorch's choice]")] = None,
+    batch: Batch = 1,
+    repeats: Repeats = 15,
+    threads: Threads = None,
     device: Device = None,
+    compiled: Compiled = None,
     json: Json = None,
+    plot: Plot = None,
 ) -> None:
     """The backbone's latency, packed and in full precision, taking turns in one run."""
     from tetra import bench
+    from tetra.timing import plot_medians, require_plot
 
     _check_json_path(json)
-
-    def show(line: str) -> None:
-        print(f"\r{line}", end="", file=sys.stderr, flush=True)
-
-    rows = bench.bench_model(
-        arch.value,
-        batch,
-        repeats=repeats,
-        threads=threads,
-        device=_device(device),
-        progress=show if sys.stderr.isatty() else None,
-    )
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+    require_plot(plot)
+    device = _device(device)
+    notices: list[str] = []
+    with _progress_line() as show:
+        rows = bench.bench_model(
+            arch.value,
+            batch,
+            repeats=repeats,
+            threads=threads,
+            device=device,
+            progress=show,
+            compiled=_compiled(compiled, device),
+            notices=notices,
+        )
     _write_json(json, rows)
     first = rows[0]
     height, width = first["image_size"]
-    title = f"{arch.value}, {height} x {width}, batch {batch}, {first['device']}, {first['threads']} threads"
-    table = _table(title, "", "median ms", "p95 ms", "times as fast", "weights MiB")
+    title = f"{arch.value}, {height} x {width}, batch {batch}, {_machine(first)}"
+    table = _table(title, "", "median ms", "p95 ms", "first call ms", "times as fast", "weights MiB")
     for row in rows:
-        numbers = (row["median_ms"], row["p95_ms"], row["ratio_to_fp32_sdpa"], row["weights_mib"])
-        formats = ("{:.1f}", "{:.1f}", "{:.2f}", "{:.1f}")
-        table.add_row(row["variant"], *(f.format(n) for f, n in zip(formats, numbers, strict=True)))
+        keys = ("median_ms", "p95_ms", "first_call_ms", "ratio_to_fp32_sdpa", "weights_mib")
+        formats = ("{:.1f}", "{:.1f}", "{:.1f}", "{:.2f}", "{:.1f}")
+        table.add_row(row["variant"], *(f.format(row[key]) for f, key in zip(formats, keys, strict=True)))
     _print_table(table)
+    _print_report([], notices, [], None)
+    if plot is not None:
+        plot_medians(plot, {"backbone": rows}, title)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    arch: Annotated[Arch, typer.Option(help="Architecture whose shapes are taken.")] = Arch.vit_b,
+    kernel: Annotated[str | None, typer.Option(metavar="NAME", help="Only this one, such as attention.")] = None,
+    batch: Batch = 1,
+    repeats: Repeats = 15,
+    threads: Threads = None,
+    device: Device = None,
+    compiled: Compiled = None,
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Each kernel's latency, beside PyTorch's own and that of other libraries, taking turns."""
+    from tetra import bench_kernels as bench
+    from tetra.timing import plot_medians, require_plot
+
+    _check_json_path(json)
+    require_plot(plot)
+    device = _device(device)
+    notices: list[str] = []
+    with _progress_line() as show:
+        rows = bench.bench_kernels(
+            arch.value,
+            batch,
+            repeats=repeats,
+            threads=threads,
+            device=device,
+            kernel=kernel,
+            compiled=_compiled(compiled, device),
+            progress=show,
+            notices=notices,
+        )
+    _write_json(json, rows)
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault(f"{row['kernel']}  {_config_text(row['shape'])}", []).append(row)
+    title = f"{arch.value}, batch {batch}, {_machine(rows[0])}" if rows else "nothing to time"
+    table = _table(title, "", "median ms", "p95 ms", "first call ms", "times as fast")
+    for case, variants in cases.items():
+        table.add_section()
+        table.add_row(case)
+        for row in variants:
+            keys, formats = ("median_ms", "p95_ms", "first_call_ms", "ratio"), ("{:.3f}", "{:.3f}", "{:.1f}", "{:.2f}")
+            table.add_row(f"  {row['variant']}", *(f.format(row[key]) for f, key in zip(formats, keys, strict=True)))
+    _print_table(table)
+    _print_report([], notices, [], None)
+    if plot is not None and cases:
+        plot_medians(plot, cases, title)
+
+
+def _compiled(wanted: bool | None, device: str) -> bool:
+    """torch.compile takes minutes on a CPU and needs a C++ compiler there."""
+    return device.startswith("cuda") if wanted is None else wanted
+
+
+def _machine(row: dict[str, Any]) -> str:
+    return f"{row['device_name']} ({row['device']}, {row['threads']} threads)"
+
+
+@contextmanager
+def _progress_line() -> Iterator[Callable[[str], None] | None]:
+    """Shows the last line of progress on stderr, where that is a terminal; None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    yield lambda line: print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+@kernels_app.command("report")
+def kernels_report(
+    arch: Annotated[
+        list[str] | None, typer.Option("--arch", metavar="ARCH", help="Such as sm_87; repeat it. [default: all]")
+    ] = None,
+    kernel: Annotated[str | None, typer.Option(metavar="NAME", help="Only this one, such as attention.")] = None,
+    json: Json = None,
+) -> None:
+    """Registers, spills, shared memory and instruction mix of every compiled kernel; needs no GPU."""
+    from tetra.kernels.ahead_of_time import ARCHITECTURES, check_compiler, check_kernel, parse_arch
+    from tetra.profiling.report import kernel_report
+
+    _check_json_path(json)
+    with _user_errors():
+        archs = [parse_arch(name) for name in arch] if arch else ARCHITECTURES
+        if kernel is not None:
+            check_kernel(kernel)
+        check_compiler()
+    with _progress_bar("compiling") as progress:
+        rows = kernel_report(archs, kernel, progress)
+    _write_json(json, rows)
+    table = _table(
+        "compiled kernels; the limiting unit and its tensor share are predicted, nothing was measured",
+        *("kernel", "arch", "registers", "spills", "stack", "shared", "CTAs/SM"),
+        *("loop", "MMA", "ALU/MMA", "all/MMA", "limit", "tensor share"),
+    )
+    for row in rows:
+        loop, share = row["loop"], row["predicted"]["tensor_core_share"]
+        per_mma = [f"{loop[kind] / loop['mma']:.2f}" if loop["mma"] else "" for kind in ("alu", "all")]
+        table.add_row(
+            f"{row['kernel']}  {_config_text(row['config'])}",
+            *(str(row[key]) for key in ("arch", "registers", "spills", "stack_bytes", "shared_bytes", "ctas_per_sm")),
+            *(str(loop["all"]), str(loop["mma"]), *per_mma),
+            *(row["limiting_unit"], f"{share:.0%}" if share else ""),
+        )
+    _print_table(table)
+
+
+@kernels_app.command("predict")
+def kernels_predict(
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, help="Images a pass; repeat it. [default: 1 64]")
+    ] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option("--gpu", metavar="NAME", help="Such as H100; repeat it. [default: A100, H100, Orin, RTX 4090]"),
+    ] = None,
+    json: Json = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the result as a document.")
+    ] = None,
+) -> None:
+    """Latency of ViT-B that a static model predicts for GPUs that need not be here; nothing is measured."""
+    from tetra.autotune.hardware import find_product
+    from tetra.config import BACKBONES
+    from tetra.files import atomic_write
+    from tetra.kernels.ahead_of_time import check_compiler
+    from tetra.profiling.model_cost import PREDICTED_GPUS, predict_model, to_markdown
+
+    _check_json_path(json)
+    _check_json_path(markdown)
+    with _user_errors():
+        products = [find_product(name) for name in gpu or PREDICTED_GPUS]
+        check_compiler()
+    work = [(product, size) for product in products for size in batch or (1, 64)]
+    rows = []
+    with _progress_bar("predicting") as progress:
+        for done, (product, size) in enumerate(work):
+            progress(done, len(work), f"{product.name}, batch {size}")
+            rows.append(predict_model(product, BACKBONES["vit-b"], size))
+    _write_json(json, rows)
+    if markdown is not None:
+        with atomic_write(markdown) as file:
+            file.write(to_markdown(rows, "vit-b").encode())
+    table = _table(
+        "ViT-B: PREDICTED by a static model, nothing here was measured",
+        *(
+            "GPU",
+            "batch",
+            "predicted ms",
+            "bound ms",
+            "share of bound",
+            "launches",
+            "overhead ms",
+            "mostly limited by",
+        ),
+    )
+    for row in rows:
+        limits = row["limited_by_ms"]
+        numbers = (f"{row['predicted_ms']:.3f}", f"{row['bound_ms']:.3f}", f"{row['share_of_bound']:.0%}")
+        most = max(limits, key=lambda unit: limits[unit])
+        table.add_row(row["gpu"], str(row["batch"]), *numbers, str(row["launches"]), f"{row['overhead_ms']:.3f}", most)
+    _print_table(table)
+    print(f"formula: {rows[0]['formula']}")
+
+
+def _config_text(config: dict[str, object]) -> str:
+    """A configuration on one line: without ``BLOCK_`` and ``num_``, and flags that are set by their name alone."""
+    words = []
+    for name, value in config.items():
+        name = name.removeprefix("BLOCK_").removeprefix("num_")
+        if value is True:
+            words.append(name)
+        elif value is not False:
+            words.append(f"{name}={value}")
+    return " ".join(words)
 
 
 @train_app.command("run")

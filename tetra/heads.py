@@ -1,13 +1,15 @@
 """Aggregation heads: from the backbone's tokens to one global descriptor.
 
 Every head takes :class:`tetra.vit.Features` and gives L2-normalised descriptors, float [B, n_bits]; a
-descriptor's bit is (value > 0). Letters: B images, C backbone width, T patches.
+descriptor's bit is (value > 0). Normalising changes no sign, so ``values`` stops before it, for codes alone.
+Letters: B images, C backbone width, T patches.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +17,23 @@ from torch.nn import functional as F
 
 from tetra.config import BackboneConfig, HeadConfig
 from tetra.errors import ConfigError, ImageError
-from tetra.layers import Conv2d, LayerNorm, Linear
+from tetra.kernels import attention, attention_qkv
+from tetra.layers import Conv2d, LayerNorm, Linear, run
 from tetra.vit import Features
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """Base of the heads; ``n_bits`` is the descriptor's dimension."""
 
     n_bits: int
+
+    @abstractmethod
+    def values(self, features: Features) -> Tensor:
+        """[B, n_bits] with the descriptor's signs, not normalised."""
+
+    def forward(self, features: Features) -> Tensor:
+        """Descriptors [B, n_bits], L2-normalised."""
+        return F.normalize(self.values(features), dim=-1)
 
 
 class _MultiheadAttention(nn.Module):
@@ -36,11 +47,20 @@ class _MultiheadAttention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        if memory is x:
+            return run(self, x, self._infer_self, lambda x: self._compose(x, x))
+        return self._compose(x, memory)
+
+    def _infer_self(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(attention_qkv(torch.cat([self.query(x), self.key_value(x)], dim=-1), self.n_heads))
+        return y
+
+    def _compose(self, x: Tensor, memory: Tensor) -> Tensor:
         b, n_queries, width = x.shape
         dim = width // self.n_heads
         q = self.query(x).reshape(b, n_queries, self.n_heads, dim).transpose(1, 2)
         k, v = self.key_value(memory).reshape(b, memory.shape[1], 2, self.n_heads, dim).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n_queries, width)
+        y = attention(q, k, v).transpose(1, 2).reshape(b, n_queries, width)
         y = self.out(y)
         return y
 
@@ -75,8 +95,8 @@ class _BoQLayer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.encoder(x)
-        queries = self.queries.to(x.dtype).expand(len(x), -1, -1)
-        queries = self.norm_queries(queries + self.self_attention(queries, queries))
+        queries = self.queries.to(x.dtype)  # the same for every image
+        queries = self.norm_queries(queries + self.self_attention(queries, queries)).expand(x.shape[0], -1, -1)
         return x, self.norm_out(self.cross_attention(queries, x))
 
 
@@ -100,14 +120,14 @@ class BoQ(Head):
         self.rows = Linear(n_layers * n_queries, out_rows)
         self.n_bits = channels * out_rows
 
-    def forward(self, features: Features) -> Tensor:
+    def values(self, features: Features) -> Tensor:
         x = self.norm(self.reduce(features.feature_map()).flatten(2).transpose(1, 2))
         outputs = []
         for layer in self.layers:
             x, out = layer(x)
             outputs.append(out)
-        y = self.rows(torch.cat(outputs, dim=1).transpose(1, 2))
-        return F.normalize(y.flatten(1), dim=-1)
+        y: Tensor = self.rows(torch.cat(outputs, dim=1).transpose(1, 2))
+        return y.flatten(1)
 
 
 def sinkhorn(scores: Tensor, dustbin: Tensor, n_iterations: int) -> Tensor:
@@ -163,7 +183,8 @@ class SALAD(Head):
         self.dustbin = nn.Parameter(torch.ones(()))
         self.n_bits = token_dim + n_clusters * cluster_dim
 
-    def forward(self, features: Features) -> Tensor:
+    def _parts(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Global token [B, token_dim] and clusters [B, cluster_dim, n_clusters]."""
         n_tokens = features.patches.shape[1]
         if n_tokens <= self.n_clusters:
             raise ImageError(
@@ -173,9 +194,17 @@ class SALAD(Head):
         local = self.clusters(features.patches)
         scores = self.scores(features.patches).transpose(1, 2).float()
         assignment = sinkhorn(scores, self.dustbin, self.n_iterations).exp()[:, :-1].to(local.dtype)
-        clusters = F.normalize((assignment @ local).transpose(1, 2), dim=1)  # [B, cluster_dim, n_clusters]
-        token = F.normalize(self.token(features.cls), dim=-1)
-        return F.normalize(torch.cat([token, clusters.flatten(1)], dim=-1), dim=-1)
+        return self.token(features.cls), (assignment @ local).transpose(1, 2)
+
+    def values(self, features: Features) -> Tensor:
+        token, clusters = self._parts(features)
+        return torch.cat([token, clusters.flatten(1)], dim=-1)
+
+    def forward(self, features: Features) -> Tensor:
+        """Descriptors; the token and every cluster are normalised before the whole is."""
+        token, clusters = self._parts(features)
+        whole = torch.cat([F.normalize(token, dim=-1), F.normalize(clusters, dim=1).flatten(1)], dim=-1)
+        return F.normalize(whole, dim=-1)
 
 
 class _MixerLayer(nn.Module):
@@ -215,10 +244,11 @@ class MixVPR(Head):
         self.rows = Linear(n_positions, out_rows)
         self.n_bits = out_channels * out_rows
 
-    def forward(self, features: Features) -> Tensor:
+    def values(self, features: Features) -> Tensor:
         x = resample(features.feature_map(), self.grid).flatten(2)
         x = self.channels(self.mix(x).transpose(1, 2)).transpose(1, 2)
-        return F.normalize(self.rows(x).flatten(1), dim=-1)
+        y: Tensor = self.rows(x)
+        return y.flatten(1)
 
     @torch.no_grad()
     def initialize(self, features: Features) -> None:
@@ -285,11 +315,12 @@ class GeM(Head):
         self.project = Linear(backbone.width, out_dim)
         self.n_bits = out_dim
 
-    def forward(self, features: Features) -> Tensor:
+    def values(self, features: Features) -> Tensor:
         # Powers of values near zero leave the range of half precision.
         p = self.p.float()
         pooled = features.patches.float().clamp(min=1e-6).pow(p).mean(1).pow(1.0 / p)
-        return F.normalize(self.project(pooled.to(features.tokens.dtype)), dim=-1)
+        y: Tensor = self.project(pooled.to(features.tokens.dtype))
+        return y
 
 
 HEADS: dict[str, type[Head]] = {"boq": BoQ, "salad": SALAD, "mixvpr": MixVPR, "gem": GeM}

@@ -6,6 +6,10 @@ are. ``pack()`` returns a new :class:`PackedTernaryLinear`, which can only infer
 
 **Rest dtype.** Parameters may lie in memory as float16 or bfloat16 while the model computes in float32:
 :class:`Linear`, :class:`LayerNorm` and :class:`Conv2d` cast their parameters to the input's dtype at use.
+
+**Two ways to compute.** A module of the backbone is written twice: *composed* of the layers above, which is what
+trains, and for *inference*, in fused kernels from :mod:`tetra.kernels`. :func:`run` takes the second wherever a
+module is in evaluation mode, so a trained model and its packed copy run the same kernels.
 """
 
 from __future__ import annotations
@@ -17,12 +21,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tetra.kernels import pack_ternary, ternary_linear
+from tetra.kernels import layer_norm, norm_quantize, pack_ternary, ternary_linear, ternary_linear_int8
+from tetra.kernels.row_quantize import check_finite_scale
 from tetra.quantization import blend_activation, blend_weight, ternarize_weight
+
+Forward = Callable[[Tensor], Tensor]
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What the kernels for inference compute in; float64, for reference, is always composed."""
 
 
 def _as(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return None if parameter is None else parameter.to(x.dtype)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _kernels_take(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    # Autocast chooses dtypes operation by operation, which is the business of training.
+    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    return (dtype or x.dtype) in KERNEL_DTYPES and not autocast
 
 
 class KeepsFloat32(nn.Module):
@@ -53,6 +73,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width], in x.dtype."""
+        if _kernels_take(x) and not _wants_gradient(x, self.weight, self.bias):
+            return layer_norm(x, self.weight, self.bias, self.eps)
         return F.layer_norm(x, self.normalized_shape, _as(self.weight, x), _as(self.bias, x), self.eps)
 
 
@@ -90,7 +112,7 @@ class TernaryLinear(nn.Linear):
                 has; the message names the layer.
         """
         if not self.training and self.lam == 1.0:
-            twin = self._twin()
+            twin = self.twin()
             operands = (x, self.weight) if self.bias is None else (x, self.weight, self.bias)
             if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
                 exact: Tensor = _ExactStraightThrough.apply(x, self.weight, self.bias, twin)
@@ -100,7 +122,12 @@ class TernaryLinear(nn.Linear):
             raise ValueError(f"layer '{self.layer_name or 'TernaryLinear'}': the weight has NaN or infinite values")
         return F.linear(blend_activation(x, self.lam), blend_weight(self.weight, self.lam), self.bias)
 
-    def _twin(self) -> PackedTernaryLinear:
+    def twin(self) -> PackedTernaryLinear:
+        """The packed layer that computes this one in evaluation mode at lambda 1; kept until the weight changes.
+
+        Raises:
+            ValueError: as :meth:`pack`.
+        """
         # Packing costs many times a comparison; keep the result with the weight that it was made from. Tensors'
         # version counters would not do: fused optimisers and edits of `.data` leave them as they are.
         weight = self.weight.detach()
@@ -178,6 +205,48 @@ class PackedTernaryLinear(KeepsFloat32):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+def norm_linear(
+    x: Tensor,
+    norm: nn.Module,
+    linear: nn.Module,
+    *,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    scaled_columns: int = 0,
+    column_scale: float = 1.0,
+) -> Tensor:
+    """residual + gelu(linear(norm(x))) for inference, in two kernels: x [..., K] -> [..., N] in x.dtype.
+
+    ``norm`` is a LayerNorm, ``linear`` a ternary layer, packed or in evaluation mode at lambda 1.
+    The first ``scaled_columns`` outputs are multiplied by ``column_scale``, before the residual is added.
+
+    Raises:
+        ValueError: the normalised input has NaN or infinite values; the message names the layer. Only on the CPU:
+            elsewhere, and in compiled graphs, such a row of the result is not finite.
+    """
+    packed = linear.twin() if isinstance(linear, TernaryLinear) else linear
+    assert isinstance(packed, PackedTernaryLinear)
+    assert isinstance(norm, nn.LayerNorm)
+    try:
+        x_q, scale = norm_quantize(x, norm.weight, norm.bias, norm.eps)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_finite_scale(scale)
+        return ternary_linear_int8(
+            x_q,
+            scale,
+            packed.packed,
+            packed.weight_scale,
+            packed.bias,
+            gelu=gelu,
+            residual=residual,
+            scaled_columns=scaled_columns,
+            column_scale=column_scale,
+            out_dtype=x.dtype,
+        )
+    except ValueError as error:
+        raise ValueError(f"layer '{packed.layer_name or 'PackedTernaryLinear'}': {error}") from None
+
+
 class _ExactStraightThrough(torch.autograd.Function):
     """The integer product forward; backward as if both operands were their quantised values."""
 
@@ -194,6 +263,44 @@ class _ExactStraightThrough(torch.autograd.Function):
         grad_x = grad @ blend_weight(weight, 1.0).to(grad.dtype) if needs[0] else None
         grad_w = rows.T @ blend_activation(x, 1.0).flatten(0, -2).to(grad.dtype) if needs[1] else None
         return grad_x, grad_w, rows.sum(0) if needs[2] else None, None
+
+
+class _InferenceForward(torch.autograd.Function):
+    """Forward by the kernels for inference, backward through the composed layers, which are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, infer: Forward, compose: Forward, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.compose = compose
+        ctx.save_for_backward(x, *parameters)
+        return infer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        x = x.detach().requires_grad_(ctx.needs_input_grad[2])
+        with torch.enable_grad():
+            y = ctx.compose(x)
+        wanted = [t for t in (x, *parameters) if t.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, grads[0], allow_unused=True))
+        return None, None, *(next(found) if t.requires_grad else None for t in (x, *parameters))
+
+
+def run(module: nn.Module, x: Tensor, infer: Forward, compose: Forward, dtype: torch.dtype | None = None) -> Tensor:
+    """``infer(x)`` or ``compose(x)``, two ways to compute ``module``, whichever is right here.
+
+    The layers are composed while the module trains, in float64 and under autocast; else the kernels for inference
+    run. Where someone wants a gradient in evaluation mode, it comes from the composed layers.
+
+    Args:
+        dtype: what the module computes in; that of ``x`` by default.
+    """
+    if module.training or not _kernels_take(x, dtype):
+        return compose(x)
+    parameters = [p for p in module.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+    if parameters or _wants_gradient(x):
+        y: Tensor = _InferenceForward.apply(infer, compose, x, *parameters)
+        return y
+    return infer(x)
 
 
 def name_layers(model: nn.Module) -> None:

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from tetra.config import ModelConfig, model_config
 from tetra.errors import ConfigError, ImageError
 from tetra.heads import Head, create_head
-from tetra.kernels import pack_bits
-from tetra.layers import KeepsFloat32, PackedTernaryLinear, TernaryLinear, name_layers
-from tetra.vit import Features, VisionTransformer
+from tetra.kernels import pack_bits_checked
+from tetra.layers import KeepsFloat32, PackedTernaryLinear, TernaryLinear, name_layers, run
+from tetra.vit import Features, PatchEmbedding, VisionTransformer
 
 # ImageNet statistics, in RGB order, as the teachers use them.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+
+LARGEST_PIXEL = 1.5
+"""Float images reach 1, or a little more after resampling; beyond this they were not divided by 255."""
 
 
 def _pack_layers(module: nn.Module) -> None:
@@ -25,6 +28,13 @@ def _pack_layers(module: nn.Module) -> None:
             setattr(module, name, child.pack())
         else:
             _pack_layers(child)
+
+
+def refuse_non_finite(finite: Tensor) -> None:
+    """ValueError that names the first row where ``finite`` (bool [B]) is False."""
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise ValueError(f"descriptor {row} of the batch has NaN or infinite values; check the model's weights")
 
 
 class TetraModel(KeepsFloat32):
@@ -88,25 +98,63 @@ class TetraModel(KeepsFloat32):
             raise ConfigError(f"model '{self.config.arch}' has no head and gives no descriptors; add one")
         return self.head
 
+    def check(self, images: Tensor) -> tuple[int, int]:
+        """Patch rows and columns of images that the model takes: uint8 or float in [0, 1], [B, 3, height, width].
+
+        Values are looked at on the CPU alone: elsewhere that would stop the queue of launches.
+
+        Raises:
+            ImageError: wrong dtype, rank, number of channels, size or device; on the CPU also values far beyond 1.
+        """
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ImageError(f"images have shape {tuple(images.shape)}, expected [batch, 3, height, width]")
+        grid = self.backbone.grid_of(images.shape[-2], images.shape[-1])
+        if images.device != self.image_mean.device:
+            raise ImageError(f"images are on {images.device}, but the model is on {self.image_mean.device}; move one")
+        if images.is_floating_point():
+            if images.device.type == "cpu" and images.numel() and not torch.compiler.is_compiling():
+                largest = float(images.detach().amax())
+                if not largest <= LARGEST_PIXEL:
+                    raise ImageError(
+                        f"images are {images.dtype} with values up to {largest:g}, expected 0 to 1; divide by 255, "
+                        "or pass them as uint8"
+                    )
+        elif images.dtype != torch.uint8:
+            raise ImageError(f"images have dtype {images.dtype}, expected uint8 or float in [0, 1]")
+        return grid
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(value - mean) / std per channel, of checked images, in compute_dtype."""
+        if images.dtype == torch.uint8:
+            images = images.to(torch.float32) / 255.0
+        return ((images.float() - self.image_mean) / self.image_std).to(self.compute_dtype)
+
     def prepare(self, images: Tensor) -> Tensor:
         """Check and normalise: uint8 or float in [0, 1], [B, 3, height, width] RGB -> compute_dtype.
 
         Raises:
-            ImageError: wrong dtype, rank, number of channels or size.
+            ImageError: as :meth:`check`.
         """
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise ImageError(f"images have shape {tuple(images.shape)}, expected [batch, 3, height, width]")
-        self.backbone.grid_of(images.shape[-2], images.shape[-1])
-        if images.dtype == torch.uint8:
-            images = images.to(torch.float32) / 255.0
-        elif not images.is_floating_point():
-            raise ImageError(f"images have dtype {images.dtype}, expected uint8 or float in [0, 1]")
-        images = (images.float() - self.image_mean) / self.image_std
-        return images.to(self.compute_dtype)
+        self.check(images)
+        return self.normalise(images)
 
     def features(self, images: Tensor, collect_last: int = 0) -> Features:
         """Tokens of the backbone; see :meth:`tetra.vit.VisionTransformer.features`. Images as in forward."""
-        return self.backbone.features(self.prepare(images), collect_last)
+        grid = self.check(images)
+        if images.dtype == torch.float64:
+            images = images.float()
+        stem, dtype = self.backbone.stem, self.compute_dtype
+
+        def compose(images: Tensor) -> Tensor:
+            tokens: Tensor = stem(self.normalise(images))
+            return tokens
+
+        def infer(images: Tensor) -> Tensor:
+            assert isinstance(stem, PatchEmbedding)
+            return stem.infer(images, IMAGE_MEAN, IMAGE_STD, dtype)
+
+        patches = run(stem, images, infer if isinstance(stem, PatchEmbedding) else compose, compose, dtype)
+        return self.backbone.encode(patches, grid, collect_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Float descriptors.
@@ -125,7 +173,7 @@ class TetraModel(KeepsFloat32):
         descriptors: Tensor = head(self.features(images))
         return descriptors
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def describe(self, images: Tensor) -> Tensor:
         """Binary descriptors: bit = (value > 0), most significant first.
 
@@ -137,15 +185,31 @@ class TetraModel(KeepsFloat32):
 
         Returns:
             uint8 [B, n_bits / 8].
+
+        Raises:
+            ImageError, ConfigError: as :meth:`forward`.
+            ValueError: a descriptor has NaN or infinite values; in a compiled or exported graph it has no code.
         """
         training = [m for m in self.modules() if m.training]
         try:
             for module in training:
                 module.training = False
-            return pack_bits(self(images))
+            codes, finite = self.codes(images)
         finally:
             for module in training:
                 module.training = True
+        if not torch.compiler.is_compiling():
+            refuse_non_finite(finite)
+        return codes
+
+    def codes(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`describe` packs, in the mode that the model is in, and which rows are finite.
+
+        Returns:
+            uint8 [B, n_bits / 8], and bool [B]: whether the descriptor has no NaN or infinite value.
+        """
+        head = self._require_head()
+        return pack_bits_checked(head.values(self.features(images)))
 
     def pack(self, rest_dtype: torch.dtype | None = None) -> TetraModel:
         """A packed copy for inference; this model is left untouched.

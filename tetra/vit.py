@@ -1,12 +1,15 @@
 """Ternary vision transformer, as in TeTRA-VPR (arXiv 2503.02511).
 
 Letters: B images, T patches (CLS not counted), D width, H heads, E head dim.
+
+Stems and blocks are written twice, composed of layers to train and in fused kernels to infer; see
+:func:`tetra.layers.run`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -15,9 +18,11 @@ from torch.nn import functional as F
 
 from tetra.config import BackboneConfig
 from tetra.errors import ImageError
-from tetra.kernels import attention
-from tetra.layers import Conv2d, LayerNorm, Linear, TernaryLinear
+from tetra.kernels import attention, attention_qkv, layer_norm, patch_rows, query_scale
+from tetra.layers import Conv2d, LayerNorm, Linear, TernaryLinear, norm_linear, run
 
+Colours = tuple[float, float, float]
+Collected = list[tuple[Tensor, Tensor]]
 LinearFactory = Callable[..., nn.Module]
 
 
@@ -40,6 +45,15 @@ class PatchEmbedding(nn.Module):
         patches = images.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1)
         patches = patches.reshape(b, rows * columns, p * p * c)
         tokens: Tensor = self.norm_out(self.project(self.norm_in(patches)))
+        return tokens
+
+    def infer(self, images: Tensor, mean: Colours, std: Colours, dtype: torch.dtype) -> Tensor:
+        """The same of images that are not normalised, uint8 or float in [0, 1], computed in ``dtype``."""
+        norm = self.norm_in
+        rows = patch_rows(
+            images, self.patch_size, norm.weight, norm.bias, norm.eps, mean=mean, std=std, out_dtype=dtype
+        )
+        tokens: Tensor = self.norm_out(self.project(rows))
         return tokens
 
 
@@ -81,7 +95,7 @@ class Attention(nn.Module):
         self.out = linear(config.inner_dim, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, collect: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    def forward(self, x: Tensor, collect: Collected | None = None) -> Tensor:
         """[B, 1 + T, D] -> the same; queries and keys [B, H, 1 + T, E] are appended to ``collect``."""
         b, t, _ = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(b, t, 3, self.n_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -120,11 +134,38 @@ class Block(nn.Module):
         self.attention = Attention(config, linear)
         self.mlp = Mlp(config, linear, inner_norm=ternary)
 
-    def forward(self, x: Tensor, collect: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    def forward(self, x: Tensor, collect: Collected | None = None) -> Tensor:
         """[B, 1 + T, D] -> the same."""
+        if collect is not None or self._is_blended():
+            return self._compose(x, collect)
+        return run(self, x, self._infer_ternary if self.ternary else self._infer_full, self._compose)
+
+    def _is_blended(self) -> bool:
+        layers = (self.attention.qkv, self.attention.out, self.mlp.up, self.mlp.down)
+        return any(isinstance(layer, TernaryLinear) and layer.lam < 1.0 for layer in layers)
+
+    def _compose(self, x: Tensor, collect: Collected | None = None) -> Tensor:
         x = x + self.attention(x, collect)
-        x = x + self.mlp(x)
-        return x
+        return x + self.mlp(x)
+
+    def _infer_ternary(self, x: Tensor) -> Tensor:
+        """Nine kernels: LayerNorm with quantisation, then a product, four times; attention after the first."""
+        attention, mlp = self.attention, self.mlp
+        n_queries, scale = attention.n_heads * attention.head_dim, query_scale(attention.head_dim)
+        qkv = norm_linear(x, attention.norm, attention.qkv, scaled_columns=n_queries, column_scale=scale)
+        y = attention_qkv(qkv, attention.n_heads, prescaled=True)
+        x = norm_linear(y, attention.norm_out, attention.out, residual=x)
+        hidden = norm_linear(x, mlp.norm, mlp.up, gelu=True)
+        return norm_linear(hidden, mlp.norm_down, mlp.down, residual=x)
+
+    def _infer_full(self, x: Tensor) -> Tensor:
+        """Full precision: the products are the library's."""
+        attention, mlp = self.attention, self.mlp
+        y = attention_qkv(attention.qkv(attention.norm(x)), attention.n_heads)
+        y = attention.out(attention.norm_out(y))
+        y, x = layer_norm(y, mlp.norm.weight, mlp.norm.bias, mlp.norm.eps, residual=x)
+        out: Tensor = x + mlp.down(F.gelu(mlp.up(y)))
+        return out
 
 
 @dataclass
@@ -196,6 +237,13 @@ class VisionTransformer(nn.Module):
         patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
         return torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2).to(embedding.dtype)], dim=1)
 
+    def resize(self, image_size: tuple[int, int]) -> None:
+        """Make ``image_size`` the trained one: the position embedding is interpolated now, not at every call."""
+        grid = self.grid_of(*image_size)
+        embedding = self.position_embedding
+        self.position_embedding = nn.Parameter(self.positions(grid).detach(), requires_grad=embedding.requires_grad)
+        self.config = replace(self.config, image_size=image_size)
+
     def features(self, images: Tensor, collect_last: int = 0) -> Features:
         """Tokens of a batch and the queries and keys of its last ``collect_last`` blocks.
 
@@ -203,10 +251,13 @@ class VisionTransformer(nn.Module):
             images: float [B, 3, height, width], normalised; sides are multiples of the patch size.
         """
         grid = self.grid_of(images.shape[-2], images.shape[-1])
-        patches = self.stem(images)
-        cls = self.cls_token.to(patches.dtype).expand(len(patches), -1, -1)
+        return self.encode(self.stem(images), grid, collect_last)
+
+    def encode(self, patches: Tensor, grid: tuple[int, int], collect_last: int = 0) -> Features:
+        """:meth:`features` from the stem's patches [B, T, D] on."""
+        cls = self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)
         x = self.dropout(torch.cat([cls, patches], dim=1) + self.positions(grid).to(patches.dtype))
-        collected: list[tuple[Tensor, Tensor]] = []
+        collected: Collected = []
         for i, block in enumerate(self.blocks):
             x = block(x, collected if i >= len(self.blocks) - collect_last else None)
         return Features(x, grid, collected)
