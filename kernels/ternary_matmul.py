@@ -8,6 +8,13 @@ Contract
     ternary_linear(x float [..., K], packed, weight_scale, bias [N] | None) -> [..., N] in x.dtype
         = (x_q @ codes.T) * (scale * weight_scale) + bias,
         where (x_q, scale) = quantize_rows(x) and weight = codes * weight_scale
+    ternary_linear_int8(x_q int8 [..., K], scale float32 [...], packed, weight_scale, bias) -> [..., N]
+        the same from rows that are quantised already, with GELU, scaled first columns, a residual and the result's
+        dtype of choice (float16, bfloat16, float32): a layer of a ternary block and what follows it in one launch
+    ternary_linear_float(x float16 | bfloat16 | float32 [..., K], packed, weight_scale, bias) -> [..., N] in x.dtype
+        with activations that are not quantised, summed in float32; with GELU and a residual
+    Where tiles are too few for the chip, K is split into parts, each summed by its own block; the last block to finish
+    a tile adds them up, always in the same order. With int8 activations this changes no bit.
 
 Layout of ``packed``
     A value is two bits, two's complement: 00 = 0, 01 = +1, 11 = -1. 10 is illegal: ``pack_ternary`` never
@@ -17,10 +24,12 @@ Layout of ``packed``
     So one [N, 32] byte tile gives four int8 planes, each contiguous along K, by a shift and a mask.
 
 Errors
-    TypeError for a wrong dtype, ValueError for shapes that do not fit, for illegal codes and for K > MAX_K,
-    beyond which 32 bits could overflow in the compiled kernel. NaN or infinity in ``x`` of ``ternary_linear``
-    is a ValueError on the CPU; on other devices, where looking would stop the queue of launches, it makes
-    that row of the result non-finite.
+    TypeError for a wrong dtype, ValueError for shapes and devices that do not fit, for illegal codes, for K = 0 and
+    for K > MAX_K, beyond which 32 bits could overflow in the compiled kernel. NaN or infinity in ``x`` of
+    ``ternary_linear`` is a ValueError on the CPU; on other devices, where looking would stop the queue of launches,
+    it makes that row of the result non-finite.
+
+What the compiled kernel reaches, what was tried and what limits it is in docs/kernels.md.
 
 Source of the arithmetic: TeTRA (arXiv 2503.02511), inference of a ternary layer.
 """
@@ -321,6 +330,8 @@ CONFIGS = (
 # Rows that do not pay everywhere: two blocks an SM take 160 KiB; 208 KiB, and tiles for two warp groups.
 _ONLY_ON = {CONFIGS[1]: (80, 87, 90, 100), CONFIGS[2]: (90,)}
 _LARGEST_BLOCK_M = {1: 256, 2: 64, 4: 32}  # by bytes a value of x: registers, and tensor memory on sm_100
+_ALIGNED_N = 16  # of a multiple of this, outputs move 16 bytes at a time; of others one by one, in more registers
+_LARGEST_TILE_UNALIGNED = 64 * 64
 
 # For predictions: int8 multiply-adds a clock of one multiprocessor's tensor cores by the instructions that Triton
 # uses (from NVIDIA's data sheets; sm_100's, for instructions older than its own, is a guess), bytes a clock from
@@ -340,10 +351,15 @@ def cost(m: int, n: int, k: int, out_bytes: int = 2, *, residual: bool = False, 
     return 2 * m * n * k, n_bytes + (4 * m if x_bytes == 1 else 0)
 
 
-def configs_for(arch: int, x_bytes: int = 1) -> tuple[tuple[int, ...], ...]:
-    """The rows of ``CONFIGS`` that suit compute capability ``arch`` (80 means sm_80) and x of so many bytes a value."""
+def configs_for(arch: int, x_bytes: int = 1, n: int = _ALIGNED_N) -> tuple[tuple[int, ...], ...]:
+    """The rows of ``CONFIGS`` for compute capability ``arch`` (80 means sm_80), x of so many bytes a value and N."""
+    largest_tile = _LARGEST_TILE_UNALIGNED if n % _ALIGNED_N else 1 << 30
     return tuple(
-        row for row in CONFIGS if row[0] <= _LARGEST_BLOCK_M[x_bytes] and (row not in _ONLY_ON or arch in _ONLY_ON[row])
+        row
+        for row in CONFIGS
+        if row[0] <= _LARGEST_BLOCK_M[x_bytes]
+        and row[0] * row[1] <= largest_tile
+        and (row not in _ONLY_ON or arch in _ONLY_ON[row])
     )
 
 
@@ -375,7 +391,7 @@ def predicted_clocks(config: tuple[int, ...], arch: int, n_sms: int, m: int, n: 
 
 def default_config(arch: int, n_sms: int, m: int, n: int, k: int, x_bytes: int = 1) -> tuple[int, ...]:
     """The row of ``CONFIGS`` with the fewest predicted clocks; what runs where nothing was measured."""
-    rows = configs_for(arch, x_bytes)
+    rows = configs_for(arch, x_bytes, n)
     return min(rows, key=lambda row: predicted_clocks(row, arch, n_sms, m, n, k, x_bytes))
 
 
@@ -645,12 +661,16 @@ def _launch_ternary_matmul(
     if k % GROUP or x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16:
         x = torch.nn.functional.pad(x, (0, GROUP * n_groups - k)).contiguous()
     bias, residual = epilogue.bias, epilogue.residual
-    if residual is not None and residual.stride(1) != 1:
-        residual = residual.contiguous()
+    if residual is not None:
+        apart = residual.stride(1) != 1 or residual.stride(0) % _ALIGNED_N or residual.data_ptr() % 16
+        if apart and (n % _ALIGNED_N == 0 or residual.stride(1) != 1):
+            residual = residual.clone(memory_format=torch.contiguous_format)
     if config is None:
         arch, itemsize = arch_of(x.device) or 80, x.itemsize
         default = default_config(arch, _n_sms(x.device), m, n, k, itemsize)
-        config = lookup("ternary_matmul", arch, shape_key(m, n, k, itemsize), (default, *configs_for(arch, itemsize)))
+        config = lookup(
+            "ternary_matmul", arch, shape_key(m, n, k, itemsize), (default, *configs_for(arch, itemsize, n))
+        )
     options: dict[str, Any] = dict(zip(CONFIG_FIELDS, config, strict=True))
     if x.dtype != torch.int8 or n_groups % options["GROUPS"]:
         options["GROUPS"] = 1

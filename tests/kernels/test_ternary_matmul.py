@@ -30,6 +30,8 @@ from tetra.kernels import ternary_matmul as source
 
 Run = Callable[..., Any]
 
+TOO_WIDE = source.MAX_K + 1
+
 
 @pytest.fixture(params=["interpreter", pytest.param("triton", marks=pytest.mark.gpu)])
 def triton_only(request: pytest.FixtureRequest) -> Run:
@@ -187,8 +189,9 @@ def test_inline_assembly_for_floats_on_every_byte_in_every_lane() -> None:
 # --- the exact product -------------------------------------------------------------------------------------
 
 SHAPES = [
-    *((0, 5, 7), (3, 0, 40), (1, 1, 1), (1, 130, 127), (2, 3, 3072), (15, 16, 128), (17, 5, 128)),
-    *((33, 17, 129), (65, 70, 260), (128, 48, 384), (530, 16, 128), (531, 21, 130)),
+    *((0, 5, 7), (3, 0, 40), (1, 1, 1), (1, 130, 127), (2, 3, 3072), (33, 17, 129), (65, 70, 260), (128, 48, 384)),
+    # A few rows to many, times sizes that fill whole tiles and groups and sizes that don't.
+    *((m, n, k) for m in (1, 2, 15, 17, 128, 530, 531) for n, k in ((64, 128), (21, 130))),
 ]
 
 
@@ -368,16 +371,17 @@ def test_layer_on_codes_is_the_formula(
     assert_near(found, expected, TOLERANCES[dtype])
 
 
-def test_layer_takes_arguments_as_views(run: Run) -> None:
+@pytest.mark.parametrize("n", [24, 48])
+def test_layer_takes_arguments_as_views(run: Run, n: int) -> None:
     """Rows, residual and parameters of any strides and at any offset; leading dimensions are kept."""
     x_q, scale = quantize_rows(torch.randn(2, 5, 140))
     x_q, scale = torch.cat([x_q, x_q], -1)[..., 3:143], torch.stack([scale, scale], -1)[..., 1]
-    packed = pack_ternary(random_codes(24, 140))
-    bias, residual = torch.randn(48)[1::2], torch.randn(24, 2, 7)[..., 1:6].permute(1, 2, 0).half()
+    packed = pack_ternary(random_codes(n, 140))
+    bias, residual = torch.randn(2 * n)[1::2], torch.randn(2, 5, n + 3)[..., 1 : n + 1].half()
     found = run(layer, x_q, scale, packed, torch.tensor([0.2]), bias, residual, False, 0, torch.float16)
     plain = (x_q.reshape(10, 140).contiguous(), scale.reshape(10).contiguous(), packed, 0.2, bias)
-    expected = source.ternary_linear_reference(*plain, residual=residual.reshape(10, 24))
-    assert_near(found, expected.view(2, 5, 24), TOLERANCES[torch.float16])
+    expected = source.ternary_linear_reference(*plain, residual=residual.reshape(10, n))
+    assert_near(found, expected.view(2, 5, n), TOLERANCES[torch.float16])
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (3,), ()])
@@ -441,6 +445,17 @@ def test_layer_on_floats_is_the_formula(run: Run, dtype: torch.dtype, m: int, n:
     assert_near(found, expected, TOLERANCES[dtype] + 1e-7 * k**0.5)
 
 
+def test_layer_on_floats_takes_arguments_as_views(run: Run) -> None:
+    """Rows a step apart, at an offset that is no multiple of 16 bytes; leading dimensions are kept."""
+    x = torch.randn(2, 5, 300, dtype=torch.float16)[..., 3:283:2]
+    packed = torch.stack([pack_ternary(random_codes(24, 140))] * 2, dim=-1)[..., 1]
+    bias, residual = torch.randn(48)[1::2], torch.randn(24, 2, 7)[..., 1:6].permute(1, 2, 0)
+    found = run(float_layer, x, packed, bias, residual, None)
+    plain = (x.reshape(10, 140).contiguous(), 1.0, packed.contiguous(), 0.3, bias)
+    expected = source.ternary_linear_reference(*plain, gelu=True, residual=residual.reshape(10, 24))
+    assert_near(found, expected.view(2, 5, 24), TOLERANCES[torch.float16])
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_layer_on_floats_in_every_configuration(triton_only: Run, dtype: torch.dtype) -> None:
     x, packed = torch.randn(9, 640).to(dtype), pack_ternary(random_codes(40, 640))
@@ -498,10 +513,9 @@ def test_wrong_arguments_name_the_argument_and_the_value() -> None:
         ternary_linear(torch.zeros(2, 40), packed, torch.ones(2))
     with pytest.raises(TypeError, match=r"bias: dtype is torch\.int64"):
         ternary_linear(torch.zeros(2, 40), packed, 1.0, torch.zeros(6, dtype=torch.int64))
-    too_wide = source.MAX_K + 1
-    with pytest.raises(ValueError, match="overflow"):
+    with pytest.raises(ValueError, match=f"x_q: K = {TOO_WIDE} could overflow"):
         ternary_matmul_int32(
-            torch.zeros(1, too_wide, dtype=torch.int8), torch.zeros(1, packed_width(too_wide), dtype=torch.uint8)
+            torch.zeros(1, TOO_WIDE, dtype=torch.int8), torch.zeros(1, packed_width(TOO_WIDE), dtype=torch.uint8)
         )
 
 
@@ -517,6 +531,12 @@ def test_wrong_arguments_name_the_argument_and_the_value() -> None:
         ({"packed": torch.zeros(6, 32)}, TypeError, r"packed: dtype is torch\.float32"),
         ({"packed": torch.zeros(6, 40, dtype=torch.uint8)}, ValueError, "multiple of 32"),
         ({"packed": torch.zeros(6, 32, dtype=torch.uint8, device="meta")}, ValueError, "packed: is on meta"),
+        ({"x_q": torch.zeros(2, TOO_WIDE, dtype=torch.int8)}, ValueError, f"x_q: K = {TOO_WIDE} could overflow"),
+        ({"scale": torch.ones(2, device="meta")}, ValueError, "scale: is on meta, but x_q is on cpu"),
+        ({"bias": torch.zeros(6, device="meta")}, ValueError, "bias: is on meta, but x_q is on cpu"),
+        ({"residual": torch.zeros(2, 6, device="meta")}, ValueError, "residual: is on meta, but x_q is on cpu"),
+        ({"weight_scale": torch.ones(1, device="meta")}, ValueError, "weight_scale: is on meta, but x_q is on cpu"),
+        ({"bias": torch.zeros(6, dtype=torch.int32)}, TypeError, r"bias: dtype is torch\.int32"),
         ({"weight_scale": torch.ones(2)}, ValueError, r"weight_scale: shape is \(2,\)"),
         ({"weight_scale": torch.tensor(1)}, TypeError, r"weight_scale: dtype is torch\.int64"),
         ({"bias": torch.zeros(5)}, ValueError, r"bias: shape is \(5,\), wanted \(6,\)"),
@@ -540,16 +560,30 @@ def test_wrong_arguments_of_the_layer_on_codes(change: dict[str, Any], error: ty
         ternary_linear_int8(**{**right, **change})
 
 
-def test_wrong_arguments_of_the_layer_on_floats() -> None:
-    packed = pack_ternary(random_codes(6, 40))
-    with pytest.raises(TypeError, match=r"x: dtype is torch\.float64"):
-        ternary_linear_float(torch.zeros(2, 40, dtype=torch.float64), packed, 1.0)
-    with pytest.raises(TypeError, match=r"x: dtype is torch\.int8"):
-        ternary_linear_float(torch.zeros(2, 40, dtype=torch.int8), packed, 1.0)
-    with pytest.raises(ValueError, match="x: 129 values a row"):
-        ternary_linear_float(torch.zeros(2, 129), packed, 1.0)
-    with pytest.raises(ValueError, match=r"residual: shape is \(2, 5\)"):
-        ternary_linear_float(torch.zeros(2, 40), packed, 1.0, residual=torch.zeros(2, 5))
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"x": torch.zeros(2, 40, dtype=torch.float64)}, TypeError, r"x: dtype is torch\.float64"),
+        ({"x": torch.zeros(2, 40, dtype=torch.int8)}, TypeError, r"x: dtype is torch\.int8"),
+        ({"x": torch.zeros(2, 129)}, ValueError, "x: 129 values a row"),
+        ({"x": torch.zeros(2, TOO_WIDE)}, ValueError, f"x: K = {TOO_WIDE} could overflow"),
+        ({"x": torch.tensor(1.0)}, ValueError, "x: is a scalar"),
+        ({"x": torch.zeros(2, 0)}, ValueError, r"x: shape \(2, 0\) has no values"),
+        ({"packed": torch.zeros(6, 32, dtype=torch.int8)}, TypeError, r"packed: dtype is torch\.int8"),
+        ({"packed": torch.zeros(6, 32, dtype=torch.uint8, device="meta")}, ValueError, "packed: is on meta"),
+        ({"weight_scale": torch.ones(1, 2)}, ValueError, r"weight_scale: shape is \(1, 2\)"),
+        ({"bias": torch.zeros(1, 6)}, ValueError, r"bias: shape is \(1, 6\), wanted \(6,\)"),
+        ({"bias": torch.zeros(6, device="meta")}, ValueError, "bias: is on meta, but x is on cpu"),
+        ({"residual": torch.zeros(2, 5)}, ValueError, r"residual: shape is \(2, 5\), wanted \(2, 6\)"),
+        ({"residual": torch.zeros(2, 6, dtype=torch.int64)}, TypeError, r"residual: dtype is torch\.int64"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_of_the_layer_on_floats(change: dict[str, Any], error: type[Exception], match: str) -> None:
+    right = {"x": torch.zeros(2, 40), "packed": pack_ternary(random_codes(6, 40)), "weight_scale": 1.0}
+    ternary_linear_float(**right)
+    with pytest.raises(error, match=match):
+        ternary_linear_float(**{**right, **change})
 
 
 def test_widest_accepted_product_cannot_overflow() -> None:
@@ -574,10 +608,11 @@ def test_prediction_is_above_the_tensor_cores_bound(
 ) -> None:
     macs = {80: 2048, 86: 1024, 87: 2048, 89: 1024, 90: 4096, 100: 2048, 120: 1024}[arch] / x_bytes
     config = source.default_config(arch, n_sms, m, n, k, x_bytes)
-    assert config in source.configs_for(arch, x_bytes)
+    assert config in source.configs_for(arch, x_bytes, n)
     clocks = source.predicted_clocks(config, arch, n_sms, m, n, k, x_bytes)
     assert clocks >= m * n * k / (macs * n_sms)
-    others = (source.predicted_clocks(row, arch, n_sms, m, n, k, x_bytes) for row in source.configs_for(arch, x_bytes))
+    rows = source.configs_for(arch, x_bytes, n)
+    others = (source.predicted_clocks(row, arch, n_sms, m, n, k, x_bytes) for row in rows)
     assert clocks <= min(others)
 
 
