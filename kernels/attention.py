@@ -120,8 +120,9 @@ def _attention_qkv_torch(qkv: Tensor, n_heads: int, prescaled: bool) -> Tensor:
     b, t, width = qkv.shape
     head_dim = width // (3 * n_heads)
     q, k, v = qkv.view(b, t, 3, n_heads, head_dim).permute(2, 0, 3, 1, 4)
-    # 2^x = e^(x ln 2)
-    out = _attention_torch(q, k, v, math.log(2.0) if prescaled else head_dim**-0.5)
+    with torch.autocast(qkv.device.type, enabled=False):  # which would change the result's dtype
+        # 2^x = e^(x ln 2)
+        out = _attention_torch(q, k, v, math.log(2.0) if prescaled else head_dim**-0.5)
     return out.transpose(1, 2).reshape(b, t, width // 3)
 
 
@@ -414,13 +415,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
         raise ValueError(f"q, k, v: shapes {shapes} do not fit; wanted [B, H, T, D] each")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype} differ; wanted one floating dtype")
+    if q.shape[-1] == 0:
+        raise ValueError(f"q, k, v: shape {tuple(q.shape)} has no values in its last dimension; wanted D >= 1")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v: are on {q.device}, {k.device}, {v.device}; move them to one device")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise TypeError(f"q, k, v: dtypes are {q.dtype}, {k.dtype}, {v.dtype}; wanted one floating dtype")
     return _attention_torch(q, k, v, q.shape[-1] ** -0.5)
 
 
 def query_scale(head_dim: int) -> float:
     """log2(e) / sqrt(head_dim): what ``q`` is multiplied by so that the softmax is 2^(q k^T), normalised."""
+    if head_dim < 1:
+        raise ValueError(f"head_dim: is {head_dim}, wanted 1 or more")
     return math.log2(math.e) / math.sqrt(head_dim)
 
 

@@ -19,6 +19,18 @@ from torch import Tensor
 from tetra.kernels.backend import backend_for, on_device_of, tl, triton
 from tetra.kernels.specimen import Specimen
 
+DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
 _BIT_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
@@ -145,8 +157,8 @@ def _(values: Tensor) -> tuple[Tensor, Tensor]:
 def _check_values(values: Tensor) -> None:
     if values.ndim == 0:
         raise ValueError("values: a scalar has no last dimension to pack; give a tensor of shape [..., D]")
-    if values.is_complex():
-        raise TypeError(f"values: {values.dtype} has no sign; give a real or bool tensor")
+    if values.dtype not in DTYPES:
+        raise TypeError(f"values: dtype is {values.dtype}, wanted one of {', '.join(map(str, DTYPES))}")
 
 
 def _as_rows(values: Tensor) -> Tensor:

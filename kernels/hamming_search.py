@@ -68,6 +68,21 @@ def _search_cpu(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tens
     return torch.from_numpy(distances.astype(np.int32)), torch.from_numpy(rows)
 
 
+# --- torch operator ----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tetra::hamming_search", mutates_args=())
+def _hamming_search_op(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    distances, rows = _search_cpu(queries, database, k)
+    return distances.to(queries.device), rows.to(queries.device)
+
+
+@_hamming_search_op.register_fake
+def _(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (queries.shape[0], k)
+    return queries.new_empty(shape, dtype=torch.int32), queries.new_empty(shape, dtype=torch.int64)
+
+
 # --- public ------------------------------------------------------------------------------------------------
 
 
@@ -90,5 +105,4 @@ def hamming_search(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, T
         raise ValueError(f"k: {k} is not a number of neighbours; wanted 1 or more")
     if k > database.shape[0]:
         raise ValueError(f"k: {k} neighbours asked for, but the database has {database.shape[0]} rows; lower k")
-    distances, rows = _search_cpu(queries, database, k)
-    return distances.to(queries.device), rows.to(queries.device)
+    return _hamming_search_op(queries, database, k)

@@ -61,11 +61,12 @@ def measure_cpu(
         raise ValueError(f"width: {width} is not a multiple of n_heads = {n_heads}")
     if requested() != "auto" or not native.available():
         return {}
-    x = torch.randn(tokens, width).to(dtype)
-    ones, zeros = torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
-    packed = pack_ternary(torch.randint(-1, 2, (4 * width, width), dtype=torch.int8))
-    codes, scale = quantize_rows(x)
-    qkv = torch.randn(1, tokens, 3 * width).to(dtype)
+    with torch.device("cpu"):  # whatever the default device is
+        x = torch.randn(tokens, width).to(dtype)
+        ones, zeros = torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
+        packed = pack_ternary(torch.randint(-1, 2, (4 * width, width), dtype=torch.int8))
+        codes, scale = quantize_rows(x)
+        qkv = torch.randn(1, tokens, 3 * width).to(dtype)
     calls: dict[str, tuple[torch.dtype, Callable[[], object]]] = {
         "quantize_rows": (dtype, lambda: quantize_rows(x)),
         "norm_quantize": (dtype, lambda: norm_quantize(x, ones, zeros)),

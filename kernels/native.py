@@ -94,7 +94,11 @@ def instruction_set() -> str:
 
 
 def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get(COMPILER_VARIABLE, ""))
+    value = os.environ.get(COMPILER_VARIABLE, "")
+    try:
+        named = shlex.split(value)
+    except ValueError as error:
+        raise BuildError(f"{COMPILER_VARIABLE} is {value!r}, which is no command: {error}") from None
     candidates = [named] if named else [["c++"], ["g++"], ["clang++"]]
     for program, *options in candidates:
         path = shutil.which(program)
@@ -183,7 +187,7 @@ def _load(isa: str) -> ctypes.CDLL:
         raise BuildError(f"no folder for the compiled library: {reason}; {error}") from None
     warnings.warn(
         f"the C++ kernels were built for this process only, because the cache can't be used ({reason}); "
-        f"set {CACHE_VARIABLE} to a folder that can be written, and later starts take no compiler",
+        f"set {CACHE_VARIABLE} to a folder that can be written, and later starts need not build them",
         stacklevel=2,
     )
     return library

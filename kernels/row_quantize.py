@@ -304,7 +304,9 @@ def _specimen(k: int, dtype: str, *, norm: bool = False, gelu: bool = False, res
 
 @torch.library.custom_op("tetra::quantize_rows", mutates_args=())
 def _quantize_rows_op(x: Tensor) -> tuple[Tensor, Tensor]:
-    return quantize_rows_unchecked(x)
+    x_q, scale = quantize_rows_unchecked(x)
+    check_finite_scale(scale)  # in here, where a compiled graph does not look
+    return x_q, scale
 
 
 @_quantize_rows_op.register_fake
@@ -372,11 +374,11 @@ def quantize_rows_unchecked(x: Tensor) -> tuple[Tensor, Tensor]:
     return _quantize_rows_torch(x)
 
 
-def check_finite_scale(scale: Tensor) -> None:
-    """ValueError naming the first row whose scale shows that it held NaN or infinity."""
+def check_finite_scale(scale: Tensor, first_row: int = 0) -> None:
+    """ValueError naming the first row, counted from ``first_row``, whose scale shows that it held NaN or infinity."""
     # The maximum is NaN if any is, so that one number tells.
     if scale.numel() and not math.isfinite(float(scale.amax())):
-        row = int((~torch.isfinite(scale)).flatten().nonzero()[0])
+        row = first_row + int((~torch.isfinite(scale)).flatten().nonzero()[0])
         raise ValueError(f"x: row {row} holds NaN or infinity; quantisation needs finite values")
 
 
@@ -387,7 +389,6 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: shape {tuple(x.shape)} has no values in its last dimension; wanted [..., K], K >= 1")
     x_q, scale = _quantize_rows_op(x.detach().reshape(-1, x.shape[-1]))
-    check_finite_scale(scale)
     return x_q.view(x.shape), scale.view(x.shape[:-1])
 
 

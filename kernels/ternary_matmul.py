@@ -92,7 +92,7 @@ def unpack_ternary(packed: Tensor, k: int) -> Tensor:
     shifts = torch.tensor([6, 4, 2, 0], dtype=torch.uint8, device=packed.device).view(PLANES, 1)
     # The two bits go to the top of the byte; shifting back as a signed number extends the sign.
     codes = ((groups << shifts) & 0xC0).view(torch.int8) >> 6
-    return codes.view(n, packed.shape[1] * PLANES)[:, :k].contiguous()
+    return codes.reshape(n, packed.shape[1] * PLANES)[:, :k].contiguous()
 
 
 def check_packed(packed: Tensor, k: int | None = None) -> None:
@@ -121,7 +121,9 @@ def check_packed(packed: Tensor, k: int | None = None) -> None:
 def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous and starting at a multiple of 16 bytes, so that several bytes can be read as one number."""
     tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    tensor = tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    # A single row counts as contiguous whatever its stride, which may not be a multiple of the larger number's size.
+    return tensor.flatten().view(tensor.shape)
 
 
 def _check_packed_form(packed: Tensor) -> None:
@@ -233,7 +235,8 @@ def _product_in_floats(x_q: Tensor, codes: Tensor) -> Tensor:
     """x_q int8 [M, K] @ codes int8 [N, K].T -> int32 [M, N], exact, on any machine."""
     # Sums of K <= 131072 products of at most 128 are whole numbers up to 2^24, which float32 holds exactly.
     dtype = torch.float32 if x_q.shape[1] * 128 <= 1 << 24 else torch.float64
-    return (x_q.to(dtype) @ codes.to(dtype).T).to(torch.int32)
+    with torch.autocast(x_q.device.type, enabled=False):  # which would round the sums to half precision
+        return (x_q.to(dtype) @ codes.to(dtype).T).to(torch.int32)
 
 
 def _product_int32(x_q: Tensor, codes: Tensor) -> Tensor:
@@ -267,7 +270,7 @@ def _finish(
     if epilogue.scaled_columns:
         out[:, : epilogue.scaled_columns] *= epilogue.column_scale
     if epilogue.residual is not None:
-        out += epilogue.residual[rows]
+        out += epilogue.residual[rows].to(torch.float32)
     return out.to(out_dtype)
 
 
@@ -294,7 +297,7 @@ def _linear_torch(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor 
         product = _product_int32(_interleave(x_q, width), codes)
         out.append(_finish(product, scale, weight_scale, epilogue, rows, x.dtype))
         if x.device.type == "cpu":  # elsewhere a look at the values would stop the queue of launches
-            check_finite_scale(scale)
+            check_finite_scale(scale, rows.start)
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -304,7 +307,8 @@ def _linear_float_torch(x: Tensor, packed: Tensor, weight_scale: Tensor, epilogu
     epilogue = epilogue.with_float32_bias()
     out = []
     for rows in _parts_of_rows(len(x)):
-        product = _interleave(x[rows].to(torch.float32), width) @ codes.T
+        with torch.autocast(x.device.type, enabled=False):
+            product = _interleave(x[rows].to(torch.float32), width) @ codes.T
         out.append(_finish(product, product.new_ones(len(product)), weight_scale, epilogue, rows, x.dtype))
     return out[0] if len(out) == 1 else torch.cat(out)
 
@@ -933,14 +937,15 @@ def ternary_linear_int8(
         raise ValueError(f"scaled_columns: is {scaled_columns}, wanted 0 to {n}, the rows of the weight")
     _check_bias("x_q", x_q, bias, n)
     _check_residual("x_q", x_q, residual, n)
+    rows = x_q.reshape(-1, x_q.shape[-1])
     return _ternary_linear_int8_op(
-        x_q.reshape(-1, x_q.shape[-1]),
+        rows,
         scale.reshape(-1),
         packed,
         _as_scalar("x_q", x_q, weight_scale),
         bias,
         gelu,
-        None if residual is None else residual.reshape(-1, n),
+        None if residual is None else residual.reshape(rows.shape[0], n),
         scaled_columns,
         float(column_scale),
         out_dtype,
@@ -984,7 +989,7 @@ def ternary_linear_float(
     _check_bias("x", x, bias, n)
     _check_residual("x", x, residual, n)
     rows = x.reshape(-1, x.shape[-1])
-    flat_residual = None if residual is None else residual.reshape(-1, n)
+    flat_residual = None if residual is None else residual.reshape(rows.shape[0], n)
     scalar = _as_scalar("x", x, weight_scale)
     return _ternary_linear_float_op(rows, packed, scalar, bias, gelu, flat_residual).view(*x.shape[:-1], n)
 
@@ -1029,7 +1034,10 @@ def _check_residual(x_name: str, x: Tensor, residual: Tensor | None, n: int) -> 
 def _as_scalar(x_name: str, x: Tensor, weight_scale: float | Tensor) -> Tensor:
     """weight_scale as a float32 tensor [] on the device of x."""
     if not isinstance(weight_scale, Tensor):
-        return torch.full((), weight_scale, dtype=torch.float32, device=x.device)
+        try:
+            return torch.full((), weight_scale, dtype=torch.float32, device=x.device)
+        except (TypeError, RuntimeError):
+            raise ValueError(f"weight_scale: is {weight_scale!r}, wanted a number that float32 holds") from None
     if weight_scale.numel() != 1:
         raise ValueError(f"weight_scale: shape is {tuple(weight_scale.shape)}, wanted one element")
     if not weight_scale.is_floating_point():

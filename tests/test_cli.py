@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -92,12 +93,57 @@ def test_version_and_help(tetra: Runner) -> None:
         assert f"\n  {command} " in result.out
 
 
-@pytest.mark.parametrize("args", [["no-such-command"], ["info"], ["info", "x", "--no-such-option"], ["evaluate", "x"]])
-def test_wrong_usage(tetra: Runner, args: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["no-such-command"], ["no-such-command", "see tetra --help"]),
+        (["info"], ["MODEL", "see tetra info --help"]),
+        (["info", "x", "--no-such-option"], ["--no-such-option", "see tetra info --help"]),
+        (["evaluate", "x"], ["--dataset", "see tetra evaluate --help"]),
+        (["evaluate", "x", "--dataset", "y", "--k", "0"], ["--k", "1"]),
+        (["evaluate", "x", "--dataset", "y", "--layout", "gsv"], ["--layout", "vpr-bench"]),
+        (["bench", "model", "--batch", "some"], ["--batch", "integer", "see tetra bench model --help"]),
+    ],
+)
+def test_wrong_usage(tetra: Runner, args: list[str], words: list[str]) -> None:
+    assert_refused(tetra(*args), *words)
+
+
+@pytest.mark.parametrize("args", [[], ["bench"], ["train"]])
+def test_no_arguments_show_the_help(tetra: Runner, args: list[str]) -> None:
     result = tetra(*args)
     assert result.status == 2
     assert "Usage" in result.err
-    assert "Traceback" not in result.err
+    assert result.err.count("\n") > 5
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs the device that is always full")
+@pytest.mark.parametrize("args", [["--version"], ["--help"], ["info", "nano"]])
+def test_full_standard_output(args: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tetra.cli", *args],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert_refused(Result(done.returncode, "", done.stderr), "output", "No space left", "free space")
+
+
+def test_names_that_the_terminal_cannot_show(town: Path, model_file: Path) -> None:
+    town = town.rename(town.with_name("Zürich"))
+    done = subprocess.run(
+        [sys.executable, "-m", "tetra.cli", "evaluate", str(model_file), "--dataset", str(town)],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Z\\xfcrich: 7 queries" in done.stdout
 
 
 def test_info(tetra: Runner, model_file: Path, tmp_path: Path) -> None:
@@ -211,6 +257,7 @@ def test_packing_names_the_layer_that_is_not_finite(tetra: Runner, tiny_model: T
         (["evaluate", "{model}", "--dataset", "{tmp}/no"], ["{tmp}/no"]),
         (["evaluate", "{model}", "--dataset", "{tmp}"], ["{tmp}"]),
         (["evaluate", "{model}", "--dataset", "{town}", "--device", "nowhere"], ["nowhere"]),
+        (["evaluate", "{model}", "--dataset", "{town}", "--device", "meta"], ["'meta'", "use cpu"]),
         (["evaluate", "{model}", "--dataset", "{town}", "--layout", "vpr-bench"], ["{town}"]),
         (["match", "{model}", "{tmp}/no", "{town}"], ["{tmp}/no"]),
         (["train", "run", "{tmp}/no.yaml", "--out", "{tmp}/run"], ["no.yaml"]),

@@ -159,11 +159,31 @@ def test_utm_zone_number_out_of_range(tmp_path: Path) -> None:
     refuse(lambda: load_dataset(tmp_path), "@1@2@61@S@.jpg", "'61'", "1 to 60")
 
 
-@pytest.mark.parametrize("rest", ["@11@S@.jpg", "@10@C@.jpg"])
-def test_utm_zones_must_agree(tmp_path: Path, rest: str) -> None:
+@pytest.mark.parametrize("rest", ["@11@S@.jpg", "@9@T@.jpg", "@10@C@.jpg", "@10@@.jpg"])
+def test_utm_zones_that_touch_are_refused(tmp_path: Path, rest: str) -> None:
     make_utm(tmp_path, [(0, 0)], [(0, 0)])
     make_images(tmp_path / "queries", utm_name(1, 1, rest))
     refuse(lambda: load_dataset(tmp_path), utm_name(1, 1, rest), "zone", "10 north")
+
+
+def test_utm_zones_meet_round_the_earth(tmp_path: Path) -> None:
+    make_images(tmp_path / "database", "@1@2@1@S@.jpg")
+    make_images(tmp_path / "queries", "@1@2@60@S@.jpg")
+    refuse(lambda: load_dataset(tmp_path), "zone", "1 north", "60 north")
+
+
+def test_utm_zones_that_lie_apart_share_no_places(tmp_path: Path) -> None:
+    make_images(tmp_path / "database", "@1@2@10@S@a.jpg", "@1@2@33@U@b.jpg", "@5@2@10@T@c.jpg")
+    make_images(tmp_path / "queries", "@1@2@10@S@.jpg", "@1@2@33@U@.jpg", "@1@2@56@H@.jpg")
+    dataset = load_dataset(tmp_path)
+    assert [path.name for path in dataset.database_paths] == ["@1@2@10@S@a.jpg", "@1@2@33@U@b.jpg", "@5@2@10@T@c.jpg"]
+    assert [rows.tolist() for rows in dataset.ground_truth] == [[0, 2], [1], []]
+
+
+def test_utm_names_without_a_zone_among_several(tmp_path: Path) -> None:
+    make_images(tmp_path / "database", "@1@2@10@S@.jpg", "@1@2@33@U@.jpg")
+    make_images(tmp_path / "queries", "@1@2@@@.jpg")
+    refuse(lambda: load_dataset(tmp_path), "@1@2@@@.jpg", "no UTM zone", "10 north and 33 north")
 
 
 def test_utm_bands_of_one_hemisphere_and_missing_zones_agree(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -172,6 +173,37 @@ def test_casting_the_model_leaves_the_engine_alone(device: str, tiny_model: Tetr
     assert torch.equal(engine(images), expected)
 
 
+@pytest.mark.parametrize("rest", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_other_weights_are_noticed(device: str, rest: torch.dtype, tiny_model: TetraModel) -> None:
+    """Or an engine would see of them only those that it shares with the model."""
+    model = tiny_model.pack(rest).to(device)
+    engine = Engine(model, 2, dtype=torch.bfloat16).warm_up()
+    images = pixels().to(device)
+    engine(images)
+    model.load_state_dict(TetraModel(tiny_model.config).pack(rest).state_dict())
+    for call in (engine, engine.describe):
+        with pytest.raises(RuntimeError, match="changed in place after warm_up"):
+            call(images)
+    model.compute_dtype = torch.bfloat16
+    assert torch.equal(Engine(model, 2, dtype=torch.bfloat16).warm_up()(images), model(images))
+
+
+def test_a_model_loaded_in_inference_mode_runs(tiny_model: TetraModel) -> None:
+    """Its weights count no changes."""
+    with torch.inference_mode():
+        model = copy.deepcopy(tiny_model).pack()
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    images = pixels()
+    assert torch.equal(Engine(model, 2, dtype=torch.float32).warm_up()(images), tiny_model.pack()(images))
+
+
+def test_the_default_device_does_not_matter(tiny_model: TetraModel) -> None:
+    with torch.device("meta"):
+        engine = Engine(tiny_model, 2).warm_up()
+    assert engine.describe(pixels()).shape == (2, 8)
+
+
 def test_a_trainable_model_is_packed(tiny_model: TetraModel) -> None:
     engine = Engine(tiny_model.train(), 2, dtype=torch.float32).warm_up()
     images = pixels()
@@ -216,6 +248,11 @@ def test_nothing_runs_before_the_warm_up(tiny_model: TetraModel) -> None:
     ("arguments", "words"),
     [
         ({"batch": 0}, "batch: is 0"),
+        ({"batch": 1.5}, "batch: is 1.5, wanted 1 or more"),
+        ({"batch": "2"}, "batch: is '2', wanted 1 or more"),
+        ({"image_size": (32,)}, r"image_size: is \(32,\), wanted \(height, width\)"),
+        ({"image_size": 32}, r"image_size: is 32, wanted \(height, width\)"),
+        ({"image_size": (32.5, 32)}, r"image_size: is \(32.5, 32\), wanted"),
         ({"dtype": torch.float64}, "dtype: is torch.float64, wanted one of torch.float32"),
         ({"dtype": torch.int8}, "dtype: is torch.int8"),
         ({"image_dtype": torch.float16}, "image_dtype: is torch.float16, wanted torch.uint8 or torch.float32"),

@@ -461,6 +461,20 @@ def test_match_finds_copies(tmp_path: Path, tiny_model: TetraModel) -> None:
     assert "first 1 of 2" in short
 
 
+def test_match_table_shows_names_as_they_are(tmp_path: Path, tiny_model: TetraModel) -> None:
+    (image,) = make_images(tmp_path / "one", 1)
+    names = ["[old] 1.png", "[bold]2[", "3[@click=x].png", "[link=x]4]"]
+    for name in names:
+        for folder in ("queries", "map"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{name}.png").write_bytes(image.read_bytes())
+    report = match_folders(tiny_model, tmp_path / "queries", tmp_path / "map", progress=False)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report.table())
+    for name in names:  # as a query and among the matches of each
+        assert console.file.getvalue().count(f"{name}.png") == 1 + len(names)
+
+
 def test_match_order_equals_brute_force(tmp_path: Path, tiny_model: TetraModel) -> None:
     dataset = make_dataset(tmp_path)
     report = match_folders(tiny_model, tmp_path / "queries", tmp_path / "database", k=13, progress=False)

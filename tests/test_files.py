@@ -421,6 +421,24 @@ def test_atomic_write_keeps_the_users_file_mode(tmp_path: Path) -> None:
     assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes and links are POSIX")
+def test_pipes_and_links_stay_what_they_are(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to-pipe").symlink_to("pipe")
+    for name in ("pipe", "to-pipe"):
+        with pytest.raises(TetraError) as caught:
+            write_json(tmp_path / name, 1)
+        assert_one_line(caught.value, tmp_path / name, "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder/a.json")
+    for value in (1, 2):  # the link leads nowhere, then to a file
+        write_json(tmp_path / "link", value)
+        assert (tmp_path / "link").is_symlink()
+        assert json.loads((tmp_path / "folder" / "a.json").read_text()) == value
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe", "to-pipe"]
+    assert os.listdir(tmp_path / "folder") == ["a.json"]
+
+
 @pytest.mark.parametrize("name", ["no/such/folder/x", "."])
 def test_unwritable_places_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(TetraError) as caught:

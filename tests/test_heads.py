@@ -130,6 +130,8 @@ def test_unknown_options_are_refused(kind: str) -> None:
         ("gem", {"out_dim": "many"}, "do not fit"),
         ("gem", {"p": "three"}, "do not fit"),
         ("mixvpr", {"grid": 7}, "do not fit"),
+        ("mixvpr", {"mix_depth": -1}, "'mix_depth' is -1, expected at least 0"),
+        ("gem", {"out_dim": 0}, "0 dimensions, expected a multiple of 8"),
     ],
 )
 def test_options_that_can_not_be_are_refused(kind: str, options: dict[str, Any], word: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 import threading
 from pathlib import Path
 
@@ -334,6 +335,39 @@ def test_only_images_and_no_hidden_files(tmp_path: Path) -> None:
         "c.png",
         "d.webp",
     ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    make_images(tmp_path, "map/a.png", "disk/b.png", "disk/deep/c.png")
+    (tmp_path / "map" / "city").symlink_to(tmp_path / "disk")
+    (tmp_path / "map" / "d.png").symlink_to(tmp_path / "disk" / "b.png")
+    (tmp_path / "map" / "itself").symlink_to(tmp_path / "map")
+    (tmp_path / "disk" / "deep" / "back").symlink_to(tmp_path / "map")
+    (tmp_path / "link").symlink_to(tmp_path / "map")
+    for root in (tmp_path / "map", tmp_path / "link"):
+        names = [path.relative_to(root).as_posix() for path in list_images(root, recursive=True)]
+        assert names == ["a.png", "city/b.png", "city/deep/c.png", "d.png"]
+        assert [path.name for path in list_images(root)] == ["a.png", "d.png"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+@pytest.mark.parametrize("recursive", [False, True])
+def test_a_link_that_leads_nowhere_is_an_image_that_cannot_be_read(tmp_path: Path, recursive: bool) -> None:
+    make_images(tmp_path, "1.png", "3.png")
+    (tmp_path / "2.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "4.png").symlink_to(tmp_path / "4.png")
+    paths = list_images(tmp_path, recursive=recursive)
+    assert [path.name for path in paths] == ["1.png", "2.png", "3.png", "4.png"]
+    for path in (paths[1], paths[3]):
+        with pytest.raises(ImageError) as caught:
+            load_image(path)
+        assert_one_clear_line(caught.value, str(path), "check the path" if path == paths[1] else "replace or remove")
+
+
+def test_hidden_folders_are_left_out(tmp_path: Path) -> None:
+    make_images(tmp_path, "a.png", ".thumbnails/a.png", ".hidden/deep/b.png")
+    assert [path.name for path in list_images(tmp_path, recursive=True)] == ["a.png"]
 
 
 def test_missing_folder_and_file_as_folder(tmp_path: Path) -> None:

@@ -462,6 +462,22 @@ def test_the_scale_of_a_packed_layer_stays_float32(
     assert torch.equal(after.packed, weight)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(("byte", "words"), [((3, 0), "row 3 holds the illegal code 10"), ((0, 31), "after the 24th")])
+def test_loading_illegal_codes_is_refused_by_name(
+    assign: bool, byte: tuple[int, int], words: str, tiny_model: TetraModel
+) -> None:
+    """Backends read an illegal code differently, so none may ever be computed with."""
+    packed = nn.ModuleDict({"up": ternary(24, 12).pack()})
+    state = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    state["up.packed"][byte] = 0b10 if byte[1] == 0 else 0b01
+    with pytest.raises(ValueError, match=f"layer 'up': packed: .*{words}"):
+        packed.load_state_dict(state, assign=assign)
+    assert not torch.equal(packed["up"].packed, state["up.packed"])  # type: ignore[arg-type]
+    model = tiny_model.pack()
+    model.load_state_dict(tiny_model.pack().state_dict(), assign=assign)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_packed_layers_compute_in_the_dtype_of_their_input(dtype: torch.dtype) -> None:
     layer = ternary(40, 16)

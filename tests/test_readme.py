@@ -62,7 +62,8 @@ def test_python_runs_as_written(folder: Path) -> None:
         [
             *PYTHON,
             "from tetra.kernels import unpack_bits",
-            "assert (unpack_bits(codes, 4096) != unpack_bits(model.describe(images[:1]), 4096)).float().mean() < 0.02",
+            "n = model.n_bits",
+            "assert (unpack_bits(codes, n) != unpack_bits(model.describe(images[:1]), n)).float().mean() < 0.02",
         ]
     )
     run([sys.executable, "-c", code], folder)

@@ -2,11 +2,14 @@
 
 Torch and everything that needs it is imported inside the commands, so that ``tetra --help`` answers at once
 and a light install runs what it has the packages for. Results go to stdout, progress and errors to stderr.
-Exit status: 0, 1 for a bug (with a traceback), 2 for bad input (one line), 130 after Ctrl-C.
+Exit status: 0, 1 for a bug (with a traceback), 2 for bad input (one line), 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,10 +96,27 @@ class Arch(str, Enum):
     nano = "nano"
 
 
+# What Typer raises for arguments that it refuses: Click's class, or that of the copy which newer releases carry.
+_UsageError: Any = typer.BadParameter.__base__
+
+
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name with letters that the terminal's encoding lacks is shown escaped; the work goes on.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        status = app(standalone_mode=False)
+        sys.stdout.flush()  # not left to the interpreter's exit, which would report a full disk in its own way
+        sys.exit(status)
+    except _UsageError as error:
+        message = error.format_message()
+        if "\n" in message:  # the help, for a command without arguments
+            print(message, file=sys.stderr)
+            sys.exit(2)
+        command = error.ctx.command_path if error.ctx else "tetra"
+        _fail(f"{message.rstrip('.')}; see {command} --help")
     except TetraError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
@@ -105,9 +125,15 @@ def main() -> None:
             raise
         _fail(f"this command needs the package '{error.name}'; run: pip install \"tetra-vpr[{extra}]\"")
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:
+            _fail(f"{error.filename}: {error.strerror}; check the path, its permissions and the free space")
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        _fail(f"{error.filename}: {error.strerror}; check the path, its permissions and the free space")
+        # What is still buffered would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:  # the reader has seen enough
+            sys.exit(1)
+        _fail(f"the output can't be written: {error.strerror}; free space or send it elsewhere")
 
 
 def _fail(message: str) -> None:
@@ -278,10 +304,10 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # a device without memory, such as meta, has no values either
     except (RuntimeError, AssertionError) as error:  # torch without CUDA fails an assertion
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name}: {reason}; use cpu or a device of this machine") from None
+        raise ConfigError(f"--device '{name}': {reason}; use cpu or a device of this machine") from None
     return name
 
 

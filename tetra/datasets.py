@@ -5,7 +5,8 @@ Two layouts of folders are read; ``layout="auto"`` of :func:`load_dataset` tells
 **UTM folders** (``utm``): ``database/`` and ``queries/``, searched with their subfolders, either in the named
 folder or in its ``test/`` or ``images/test/``. A file's name says where it was taken:
 ``@UTM_east@UTM_north@zone number@zone letter@...@.jpg``, metres; fields after the north value may be empty or
-missing. References within ``radius_m`` of a query (25 m by default) are right.
+missing. References within ``radius_m`` of a query (25 m by default) are right. A set may span zones that do not
+touch, such as cities on two continents; where zones touch, near places would look far apart, so those are refused.
 
 **VPR-Bench** (``vpr-bench``): ``query/``, ``ref/`` and ``ground_truth_new.npy``, an object array [Q, 2] whose
 rows are (query index, right reference indices). Indices count the images of a folder in natural order.
@@ -155,21 +156,42 @@ def _load_utm(folder: Path, radius_m: float) -> PlaceDataset:
     database_paths = list_images(place / "database", recursive=True)
     query_paths = list_images(place / "queries", recursive=True)
     positions, zones = zip(*(parse_utm_name(path) for path in database_paths + query_paths), strict=True)
-    with_zone = [(zone, path) for zone, path in zip(zones, database_paths + query_paths, strict=True) if zone]
-    for zone, path in with_zone:
-        if zone != with_zone[0][0]:
-            raise DatasetError(
-                f"{path}: UTM zone {zone}, but {with_zone[0][1].name} is in {with_zone[0][0]}; "
-                "distances across zones mean nothing, so keep one zone in a data set"
-            )
+    zone_of = _check_zones(dict(zip(database_paths + query_paths, zones, strict=True)))
     database_m, queries_m = np.split(np.array(positions, dtype=np.float64), [len(database_paths)])
-    ground_truth = _within_radius(database_m, queries_m, radius_m)
+    database_zones, query_zones = (np.array([zone_of[p] for p in paths]) for paths in (database_paths, query_paths))
+    ground_truth = [np.empty(0, dtype=np.int64)] * len(query_paths)
+    for zone in np.unique(query_zones):
+        rows, queries = np.flatnonzero(database_zones == zone), np.flatnonzero(query_zones == zone)
+        for query, near in zip(queries, _within_radius(database_m[rows], queries_m[queries], radius_m), strict=True):
+            ground_truth[query] = rows[near]
     if not any(rows.size for rows in ground_truth):
         raise DatasetError(
             f"{folder}: none of the {len(query_paths)} queries has a reference within {radius_m:g} m; "
             "check the positions in the names or raise the radius"
         )
     return PlaceDataset(folder.resolve().name, "utm", database_paths, query_paths, ground_truth)
+
+
+def _check_zones(zones: dict[Path, str]) -> dict[Path, str]:
+    """The zone of each file; names without one take that of the others.
+
+    Raises :class:`~tetra.errors.DatasetError` if positions cannot be compared: zones that touch, or several zones
+    and names without one.
+    """
+    first = {zone: path for path, zone in reversed(zones.items())}
+    nameless = first.pop("", None)
+    for i, (zone, path) in enumerate(first.items()):
+        for other, other_path in list(first.items())[:i]:
+            apart = abs(int(zone.split()[0]) - int(other.split()[0]))
+            if min(apart, 60 - apart) <= 1:  # 60 zones go round the earth
+                raise DatasetError(
+                    f"{path}: UTM zone {zone}, but {other_path.name} is in {other}; places where two zones meet look "
+                    "far apart, so keep one of them in a data set"
+                )
+    if nameless is not None and len(first) > 1:
+        raise DatasetError(f"{nameless}: the name gives no UTM zone, others give {' and '.join(sorted(first))}; add it")
+    only = next(iter(first), "")
+    return {path: zone or only for path, zone in zones.items()}
 
 
 def parse_utm_name(path: Path) -> tuple[tuple[float, float], str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 import statistics
 import threading
 import time
@@ -39,7 +40,8 @@ class Engine:
 
     The weights are shared with ``model`` as far as they rest in the dtype and on the device that are asked for;
     the others are cast once and not at every call. Moving or casting the model later leaves the engine alone;
-    changing its weights in place does not. Results are those of the model itself, bit for bit.
+    where shared weights are changed in place (other than through ``.data``, which nobody can see), the engine refuses
+    to run. Results are those of the model itself, bit for bit.
 
     Args:
         model: any model with a head; one that is not packed is packed (and left as it is).
@@ -73,13 +75,13 @@ class Engine:
         *,
         image_dtype: torch.dtype = torch.uint8,
     ) -> None:
-        if batch < 1:
-            raise ValueError(f"batch: is {batch}, wanted 1 or more")
+        if not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"batch: is {batch!r}, wanted 1 or more")
         if dtype is not None and dtype not in KERNEL_DTYPES:
             raise ValueError(f"dtype: is {dtype}, wanted one of {', '.join(map(str, KERNEL_DTYPES))}")
         if image_dtype not in (torch.uint8, torch.float32):
             raise ValueError(f"image_dtype: is {image_dtype}, wanted torch.uint8 or torch.float32")
-        size = model.image_size if image_size is None else (int(image_size[0]), int(image_size[1]))
+        size = model.image_size if image_size is None else _pixels(image_size)
         model.backbone.grid_of(*size)
         self.n_bits = model.n_bits
         self.device = _with_index(model.image_mean.device if device is None else torch.device(device))
@@ -89,6 +91,7 @@ class Engine:
         self._wanted_dtype = dtype
         self._source = model
         self._model: TetraModel | None = None
+        self._versions: list[tuple[Tensor, int]] = []
         self._lock = threading.Lock()
         if self.device.type == "cuda":
             _require_compiled_kernels(self.device)
@@ -101,7 +104,10 @@ class Engine:
         """
         with self._lock:
             if self.plan is None:
-                self.plan = self._prepare_gpu() if self.device.type == "cuda" else self._prepare_cpu()
+                plan = self._prepare_gpu() if self.device.type == "cuda" else self._prepare_cpu()
+                assert self._model is not None
+                self._versions = _versions(self._model)
+                self.plan = plan
                 del self._source
         return self
 
@@ -113,7 +119,7 @@ class Engine:
 
         Raises:
             ImageError: the images are of another shape, dtype or device.
-            RuntimeError: :meth:`warm_up` was not called.
+            RuntimeError: :meth:`warm_up` was not called, or the model's weights were changed in place since.
         """
         return self._run("descriptors", images)[0]
 
@@ -130,6 +136,9 @@ class Engine:
     def _check(self, images: Tensor) -> None:
         if self.plan is None:
             raise RuntimeError("the engine is not ready: call its warm_up() once, before the first images")
+        # Some weights are shared and some cast: of others, a part alone would be seen.
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise RuntimeError("the model's weights were changed in place after warm_up(); make another engine")
         if tuple(images.shape) != self.shape:
             raise ImageError(
                 f"images have shape {tuple(images.shape)}, but this engine is fixed to {self.shape}; "
@@ -168,7 +177,7 @@ class Engine:
     # --- CPU ---
 
     def _prepare_cpu(self) -> dict[str, Any]:
-        images = torch.randint(0, 256, self.shape, dtype=torch.uint8)
+        images = torch.randint(0, 256, self.shape, dtype=torch.uint8, device=self.device)
         images = images if self.image_dtype == torch.uint8 else images / 255.0
         dtypes = _CPU_DTYPES if self._wanted_dtype is None else (self._wanted_dtype,)
         models = [self._prepare(dtype) for dtype in dtypes]
@@ -227,6 +236,20 @@ class Engine:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _pixels(image_size: tuple[int, int]) -> tuple[int, int]:
+    try:
+        height, width = map(operator.index, image_size)
+    except (TypeError, ValueError):
+        raise ValueError(f"image_size: is {image_size!r}, wanted (height, width) in whole pixels") from None
+    return height, width
+
+
+def _versions(model: TetraModel) -> list[tuple[Tensor, int]]:
+    """The weights, and numbers that go up when they, or tensors that share their memory, are written to."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return [(t, t._version) for t in tensors if not t.is_inference()]  # which have no such number
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
@@ -504,7 +505,8 @@ class MatchReport:
         ):
             names = [self.reference_paths[row].name for row in rows]
             others = ", ".join(f"{name} ({bits})" for name, bits in zip(names[1:], distances[1:], strict=True))
-            table.add_row(path.name, names[0], str(distances[0]), others)
+            # A name may hold what rich takes for markup, such as "[old]".
+            table.add_row(escape(path.name), escape(names[0]), str(distances[0]), escape(others))
         return table
 
     def to_json_dict(self) -> dict[str, Any]:

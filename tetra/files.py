@@ -58,37 +58,49 @@ def check_output(path: str | Path, *, overwrite: bool = True) -> Path:
     Long work calls this first, so that it does not end with a result that has nowhere to go.
 
     Raises:
-        TetraError: the folder is missing or not writable, ``path`` is a folder, or it exists and may not be
-            overwritten.
+        TetraError: the folder is missing or not writable, ``path`` is a folder, a device or a pipe, or it exists
+            and may not be overwritten.
     """
     path = Path(path)
     if path.is_dir():
         raise TetraError(f"{path}: is a folder; name a file inside it")
-    if not path.parent.is_dir():
-        raise TetraError(f"{path}: the folder '{path.parent}' does not exist; create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise TetraError(f"{path}: the folder '{path.parent}' is not writable; choose another one")
+    # A file that replaced /dev/null would harm every program on the machine.
+    if path.exists() and not path.is_file():
+        raise TetraError(f"{path}: is a device or a pipe; name a file")
+    folder = _behind_links(path).parent
+    if not folder.is_dir():
+        raise TetraError(f"{path}: the folder '{folder}' does not exist; create it first")
+    if not os.access(folder, os.W_OK):
+        raise TetraError(f"{path}: the folder '{folder}' is not writable; choose another one")
     if path.exists() and not overwrite:
         raise TetraError(f"{path}: exists already; choose another name or remove it")
     return path
+
+
+def _behind_links(path: Path) -> Path:
+    """The file that is written when ``path`` is: where a symbolic link leads, else ``path`` itself."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that becomes ``path`` when the block ends, whole and synced to disk, or not at all.
 
+    Where ``path`` is a symbolic link, the file that it leads to is replaced and the link stays.
+
     Raises:
         TetraError: it can't be written, for example because the disk is full. Whatever was at ``path`` is
             still there, and no temporary file is left.
     """
     path = check_output(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    target = _behind_links(path)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         reason = error.strerror or str(error)
         raise TetraError(f"{path}: can't be written: {reason}; free space or choose another folder") from error

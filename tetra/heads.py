@@ -337,10 +337,13 @@ def create_head(config: HeadConfig, backbone: BackboneConfig) -> Head:
     for key in config.options:
         if key not in known:
             raise ConfigError(f"head '{config.kind}': unknown option '{key}'; known: {', '.join(known)}")
+        value = config.options[key]
+        if isinstance(value, (int, float)) and value < 0:
+            raise ConfigError(f"head '{config.kind}': '{key}' is {value}, expected at least 0")
     try:
         head = cls(backbone, **config.options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"head '{config.kind}': options {config.options} do not fit: {error}") from None
-    if head.n_bits % 8:
+    if head.n_bits < 8 or head.n_bits % 8:
         raise ConfigError(f"head '{config.kind}': {head.n_bits} dimensions, expected a multiple of 8 to pack")
     return head

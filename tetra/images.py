@@ -21,6 +21,7 @@ LAB                    refused: it needs a colour profile
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -111,27 +112,45 @@ def _explain(path: Path, error: Exception) -> str:
 def list_images(folder: str | Path, *, recursive: bool = False) -> list[Path]:
     """The image files of ``folder`` in natural order: 2.jpg before 10.jpg.
 
-    ``recursive`` includes the subfolders. An image is a file whose name ends in one of ``IMAGE_SUFFIXES``;
-    names that begin with a dot are left out.
+    ``recursive`` includes the subfolders, also those that are symbolic links. An image is a file whose name ends in
+    one of ``IMAGE_SUFFIXES``; files and folders whose names begin with a dot are left out. A link that leads nowhere
+    counts as an image, which cannot be read: left out in silence, it would shift the numbers of all that follow.
 
-    Raises :class:`~tetra.errors.DatasetError` for a folder that is missing or holds no image.
+    Raises :class:`~tetra.errors.DatasetError` for a folder that is missing, cannot be listed or holds no image.
     """
     folder = Path(folder)
     if not folder.exists():
         raise DatasetError(f"{folder}: no such folder; check the path")
     if not folder.is_dir():
         raise DatasetError(f"{folder}: is a file; name the folder that holds the images")
-    paths = [path for path in (folder.rglob("*") if recursive else folder.iterdir()) if _is_image_name(path)]
+    paths = [path for path in _files(folder, recursive) if _is_image_name(path)]
     if not paths:
         looked_for = " ".join(IMAGE_SUFFIXES)
-        deeper = not recursive and next((path for path in folder.rglob("*") if _is_image_name(path)), None)
+        deeper = not recursive and next((path for path in _files(folder, True) if _is_image_name(path)), None)
         hint = f"but there are some in {deeper.parent}" if deeper else "put some there or name another folder"
         raise DatasetError(f"{folder}: no images (looked for {looked_for}); {hint}")
     return sorted(paths, key=lambda path: _natural_key(path.relative_to(folder)))
 
 
+def _files(folder: Path, recursive: bool, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """What is no folder in ``folder``, in any order; links back to the folders ``above`` it are not followed."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as found:
+            entries = [entry for entry in found if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DatasetError(f"{folder}: can't be listed: {error.strerror}; check its permissions") from None
+    for entry in entries:
+        if not (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()):
+            yield Path(entry.path)
+        elif recursive:
+            yield from _files(Path(entry.path), True, above | {real})
+
+
 def _is_image_name(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or path.is_symlink())
 
 
 def _natural_key(path: Path) -> tuple[list[list[str | int]], str]:

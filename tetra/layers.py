@@ -14,14 +14,14 @@ module is in evaluation mode, so a trained model and its packed copy run the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tetra.kernels import layer_norm, norm_quantize, pack_ternary, ternary_linear, ternary_linear_int8
+from tetra.kernels import check_packed, layer_norm, norm_quantize, pack_ternary, ternary_linear, ternary_linear_int8
 from tetra.kernels.row_quantize import check_finite_scale
 from tetra.quantization import blend_activation, blend_weight, ternarize_weight
 
@@ -200,6 +200,16 @@ class PackedTernaryLinear(KeepsFloat32):
             return ternary_linear(x, self.packed, self.weight_scale, self.bias)
         except ValueError as error:
             raise ValueError(f"layer '{self.layer_name or 'PackedTernaryLinear'}': {error}") from None
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Loads what :meth:`load_state_dict` is given, after a look at the codes: the products take them on trust."""
+        packed = state_dict.get(f"{prefix}packed")
+        if packed is not None and not packed.is_meta:
+            try:
+                check_packed(packed, self.in_features)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"layer '{prefix.rstrip('.') or 'PackedTernaryLinear'}': {error}") from None
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

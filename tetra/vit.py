@@ -235,7 +235,9 @@ class VisionTransformer(nn.Module):
             return embedding
         patches = embedding[:, 1:].float().transpose(1, 2).unflatten(2, self.config.grid)
         patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-        return torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2).to(embedding.dtype)], dim=1)
+        # Joined in float32: autocast to bfloat16 refuses to join float16, the dtype in which packed weights may rest.
+        joined = torch.cat([embedding[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)
+        return joined.to(embedding.dtype)
 
     def resize(self, image_size: tuple[int, int]) -> None:
         """Make ``image_size`` the trained one: the position embedding is interpolated now, not at every call."""

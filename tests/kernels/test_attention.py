@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tetra.kernels import attention, attention_qkv, query_scale
+from tetra.kernels import attention, attention_qkv, native, query_scale
 from tetra.kernels.attention import _attention_qkv_op, attention_reference, cost, force_formulation
 
 Run = Callable[..., Any]
@@ -69,8 +69,16 @@ def test_wrong_arguments_are_refused() -> None:
         attention(q, q[..., :3], q[..., :3])
     with pytest.raises(ValueError, match=r"wanted \[B, H, T, D\]"):
         attention(q[0], q[0], q[0])
-    with pytest.raises(TypeError, match="differ"):
+    with pytest.raises(ValueError, match=r"shape \(1, 2, 3, 0\) has no values in its last dimension"):
+        attention(q[..., :0], q[..., :0], q[..., :0])
+    with pytest.raises(ValueError, match="are on cpu, meta, cpu; move them"):
+        attention(q, q.to("meta"), q)
+    with pytest.raises(TypeError, match=r"torch.float32, torch.float64, torch.float32; wanted one"):
         attention(q, q.double(), q)
+    with pytest.raises(TypeError, match="wanted one floating dtype"):
+        attention(q.int(), q.int(), q.int())
+    with pytest.raises(ValueError, match="head_dim: is 0, wanted 1 or more"):
+        query_scale(0)
 
 
 # --- on the output of the projection -----------------------------------------------------------------------
@@ -197,6 +205,20 @@ def test_wrong_arguments_of_attention_qkv_are_refused() -> None:
 def test_operator_is_well_formed() -> None:
     torch.library.opcheck(_attention_qkv_op, (torch.randn(2, 5, 48), 2, False))
     torch.library.opcheck(_attention_qkv_op, (torch.randn(1, 9, 36).bfloat16(), 1, True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_autocast_changes_nothing(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "native" and not native.available():
+        pytest.skip("the C++ kernels can't be built here")
+    monkeypatch.setenv("TETRA_BACKEND", backend)
+    qkv = torch.randn(2, 9, 48).to(dtype)
+    expected = attention_qkv(qkv, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention_qkv(qkv, 2)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
 
 
 def test_it_compiles_whole_and_exports_for_any_batch() -> None:

@@ -93,8 +93,10 @@ def test_they_compile_whole() -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="scalar"):
         pack_bits(torch.tensor(1.0))
-    with pytest.raises(TypeError, match="no sign"):
-        pack_bits(torch.zeros(8, dtype=torch.complex64))
+    for dtype in (torch.complex64, torch.uint16, torch.float8_e4m3fn):
+        for call in (pack_bits, pack_bits_checked):
+            with pytest.raises(TypeError, match=f"values: dtype is {dtype}, wanted one of torch.bool"):
+                call(torch.zeros(8).to(dtype))
     with pytest.raises(TypeError, match="codes: dtype"):
         unpack_bits(torch.zeros(2), 3)
     with pytest.raises(ValueError, match="n_bits: 17"):

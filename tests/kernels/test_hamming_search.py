@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetra.kernels import hamming_search
-from tetra.kernels.hamming_search import hamming_search_reference
+from tetra.kernels.hamming_search import _hamming_search_op, hamming_search_reference
 
 
 def brute_force(queries: np.ndarray, database: np.ndarray, k: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -71,6 +71,24 @@ def test_codes_need_not_be_contiguous() -> None:
     distances, rows = hamming_search(torch.from_numpy(codes).T[:4], torch.from_numpy(codes).T, 3)
     assert rows[:, 0].tolist() == [0, 1, 2, 3]
     assert distances[:, 0].tolist() == [0, 0, 0, 0]
+
+
+def test_it_compiles_whole_and_exports_for_any_number_of_queries() -> None:
+    class Search(torch.nn.Module):
+        def forward(self, queries: torch.Tensor, database: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return hamming_search(queries, database, 3)
+
+    database = torch.randint(0, 256, (50, 30), dtype=torch.uint8)
+    queries = torch.randint(0, 256, (7, 30), dtype=torch.uint8)
+    torch.library.opcheck(_hamming_search_op, (queries, database, 3))
+    compiled = torch.compile(Search(), fullgraph=True, backend="aot_eager")
+    program = torch.export.export(
+        Search(), (queries, database), dynamic_shapes=({0: torch.export.Dim("queries")}, None)
+    )
+    for n in (7, 2):
+        expected = hamming_search(queries[:n], database, 3)
+        for call in (compiled, program.module()):
+            assert all(torch.equal(a, b) for a, b in zip(call(queries[:n], database), expected, strict=True))
 
 
 def test_wrong_arguments_name_the_argument_and_the_value() -> None:

@@ -325,6 +325,7 @@ def is_right() -> bool:
     ("variable", "value", "said"),
     [
         ("CXX", "/bin/false", r"/bin/false failed with exit status 1"),
+        ("CXX", "g++ '-O3", r"CXX is \"g\+\+ '-O3\", which is no command: No closing quotation"),
         ("CXX", "no-such-compiler", r"no C\+\+ compiler: no-such-compiler is not in PATH"),
         ("PATH", "", r"no C\+\+ compiler: c\+\+, g\+\+ or clang\+\+ is not in PATH"),
     ],
@@ -478,6 +479,15 @@ def test_results_are_the_same_where_pytorch_is_preferred() -> None:
         assert all(torch.equal(a, b) for a, b in zip(quantize_rows(x), expected, strict=True))
         native.prefer("quantize_rows", torch.float32, compiled=True)
         assert native.supports("quantize_rows", torch.float32)
+    finally:
+        native.reset()
+
+
+def test_measuring_is_on_the_cpu_whatever_the_default_device() -> None:
+    try:
+        with torch.device("meta"):
+            report = measure_cpu(torch.float32, tokens=5, width=16, n_heads=2)
+        assert bool(report) == (native.available() and os.environ.get("TETRA_BACKEND", "auto") == "auto")
     finally:
         native.reset()
 

@@ -102,6 +102,21 @@ def test_operator_is_well_formed() -> None:
     torch.library.opcheck(row_quantize._quantize_rows_op, (torch.randn(5, 40),))
 
 
+def test_it_compiles_whole_and_exports_for_any_number_of_rows() -> None:
+    class Quantize(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return quantize_rows(x * 2)
+
+    x = torch.randn(3, 5, 40)
+    compiled = torch.compile(Quantize(), fullgraph=True, backend="aot_eager")
+    program = torch.export.export(Quantize(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for call in (compiled, program.module()):
+        for n in (3, 2):
+            assert all(torch.equal(a, b) for a, b in zip(call(x[:n]), quantize_rows(2 * x[:n]), strict=True))
+        with pytest.raises(ValueError, match="row 7 holds NaN or infinity"):
+            call(torch.where(torch.arange(15).view(3, 5, 1) == 7, float("nan"), x))
+
+
 # --- with a LayerNorm first --------------------------------------------------------------------------------
 
 

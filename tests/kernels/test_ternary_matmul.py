@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tetra.kernels import (
     check_packed,
+    native,
     pack_ternary,
     packed_width,
     quantize_rows,
@@ -251,6 +252,49 @@ def test_product_is_exact_on_older_processors(isa: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("has_dot_product", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(
+    backend: str, has_dot_product: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast would round the products that plain PyTorch makes in floats."""
+    if (has_dot_product and not source._has_int8_dot_product()) or (backend == "native" and not native.available()):
+        pytest.skip("this machine has no such product")
+    monkeypatch.setenv("TETRA_BACKEND", backend)
+    monkeypatch.setattr(source, "_has_int8_dot_product", lambda: has_dot_product)
+    x_q, codes, x = random_activations(5, 3000), random_codes(9, 3000), torch.randn(5, 3000)
+    packed = pack_ternary(codes)
+    layers = (ternary_linear, ternary_linear_float)
+    expected = [layer(x, packed, 0.1) for layer in layers]
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(ternary_matmul_int32(x_q, packed), product(x_q, codes))
+        for layer, y in zip(layers, expected, strict=True):
+            assert torch.equal(layer(x, packed, 0.1), y)
+
+
+def test_unpacking_takes_any_strides() -> None:
+    codes = random_codes(7, 200)
+    packed = pack_ternary(codes)
+    for view in (packed.T.contiguous().T, torch.cat([packed, packed], 1)[:, packed.shape[1] :]):
+        assert torch.equal(unpack_ternary(view, 200), codes)
+    assert torch.equal(unpack_ternary(packed[:1].expand(3, -1), 200), codes[:1].expand(3, -1))
+
+
+@pytest.mark.parametrize("k", [128, 200])
+def test_single_rows_of_wider_tensors(run: Run, k: int) -> None:
+    """They count as contiguous, with strides that no vector load likes."""
+    x_q, codes = random_activations(1, k + 5), random_codes(1, k)
+    packed = pack_ternary(codes)
+    wide = torch.cat([packed, packed[:, :5]], 1)[:, : packed.shape[1]]
+    check_packed(wide, k)
+    assert torch.equal(unpack_ternary(wide, k), codes)
+    assert torch.equal(run(ternary_matmul_int32, x_q[:, :k], wide), product(x_q[:, :k], codes))
+    x = torch.randn(1, k + 5)[:, :k]
+    expected = x.double() @ codes.double().T
+    assert torch.allclose(run(ternary_linear_float, x, wide, 1.0).double(), expected, atol=1e-4)
+
+
 def test_inputs_need_not_be_contiguous(run: Run) -> None:
     x_q = random_activations(300, 14).T  # columns apart
     codes = random_codes(20, 300)
@@ -472,6 +516,18 @@ def test_half_precision_sums_do_not_overflow() -> None:
     torch.testing.assert_close(ternary_linear_float(x, packed, 1e-3), torch.tensor([[6144.0]], dtype=torch.float16))
 
 
+def without_outputs(x_q: Tensor, scale: Tensor, packed: Tensor) -> Tensor:
+    residual = x_q.new_zeros((*x_q.shape[:-1], 0), dtype=torch.float32)
+    y = ternary_linear_int8(x_q, scale, packed, 1.0, residual=residual, out_dtype=torch.float32)
+    assert torch.equal(ternary_linear_float(x_q.float(), packed, 1.0, residual=residual), y)
+    return y
+
+
+def test_a_weight_without_rows_takes_a_residual(run: Run) -> None:
+    y = run(without_outputs, random_activations(3, 40), torch.ones(3), pack_ternary(random_codes(0, 40)))
+    assert y.shape == (3, 0)
+
+
 def test_linear_keeps_leading_dimensions_and_takes_no_bias() -> None:
     x, packed = torch.randn(2, 3, 5, 40), pack_ternary(random_codes(7, 40))
     out = ternary_linear(x, packed, torch.tensor([0.5]))
@@ -495,6 +551,22 @@ def test_linear_refuses_values_that_are_not_finite(bad: float) -> None:
     x[2, 39] = bad
     with pytest.raises(ValueError, match="row 2 holds NaN or infinity"):
         ternary_linear(x, pack_ternary(random_codes(3, 40)), 1.0)
+
+
+@pytest.mark.parametrize("row", [999, 1000, 1999])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_linear_counts_rows_from_the_first(backend: str, row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TETRA_BACKEND", backend)
+    x = torch.randn(2000, 3)
+    x[row, 1] = float("nan")
+    with pytest.raises(ValueError, match=f"row {row} holds NaN or infinity"):
+        ternary_linear(x, pack_ternary(random_codes(2, 3)), 1.0)
+
+
+@pytest.mark.parametrize("value", [1e39, "1", None, 1j])
+def test_weight_scales_that_are_no_numbers_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"weight_scale: is {value!r}, wanted a number")):
+        ternary_linear(torch.randn(2, 4), pack_ternary(random_codes(3, 4)), value)
 
 
 def test_wrong_arguments_name_the_argument_and_the_value() -> None:

@@ -66,11 +66,17 @@ def test_mean_head_logits_of_strided_projections() -> None:
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher"),
-    [([(1, 5, 5)], [(1, 6, 6)]), ([(1, 5, 5)], []), ([(1, 5, 5)], [(1, 5, 5), (1, 5, 5)])],
+    ("student", "teacher", "words"),
+    [
+        ([(1, 5, 5)], [(1, 6, 6)], r"\(1, 5, 5\).*same number of patches"),
+        ([(1, 5, 5)] * 3, [(1, 5, 5)] * 2, r"3 student layers and 2 teacher layers; lower 'attention_layers' to 2"),
+        ([(1, 5, 5)], [], "lower 'attention_layers' to 0"),
+    ],
 )
-def test_maps_that_do_not_fit_are_refused(student: list[tuple[int, ...]], teacher: list[tuple[int, ...]]) -> None:
-    with pytest.raises(TrainingError, match=r"attention loss: .*\(1, 5, 5\).*same number of patches"):
+def test_maps_that_do_not_fit_are_refused(
+    student: list[tuple[int, ...]], teacher: list[tuple[int, ...]], words: str
+) -> None:
+    with pytest.raises(TrainingError, match=f"attention loss: .*{words}"):
         attention_loss([torch.zeros(s) for s in student], [torch.zeros(t) for t in teacher])
 
 

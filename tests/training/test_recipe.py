@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import multiprocessing
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from PIL import Image
 
 from tetra.config import model_config
 from tetra.errors import ConfigError, DatasetError, ImageError, TetraError, TrainingError
-from tetra.files import load, load_trainable
+from tetra.files import load, load_trainable, save
 from tetra.images import load_image
 from tetra.training.loop import read_log
-from tetra.training.recipe import Recipe, load_recipe, run_recipe
+from tetra.training.recipe import Recipe, _sole_use, load_recipe, run_recipe
 
 TINY = {
     "width": 32,
@@ -144,6 +146,67 @@ def test_what_may_change_when_resuming(recipe: dict[str, Any], tmp_path: Path) -
     assert run_recipe(recipe, tmp_path, resume=True, progress=False).is_file()
 
 
+@pytest.mark.parametrize("text", ["[]", "{", "3", ""])
+def test_resuming_with_a_damaged_record(recipe: dict[str, Any], tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(TrainingError, match=r"recipe\.json: can't be read .*another folder") as caught:
+        run_recipe(recipe, tmp_path, resume=True, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_of_a_recipe_name_its_file(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["distill"]["attention_layers"] = 9
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ConfigError, match="'attention_layers' is 9") as caught:
+        run_recipe(path, tmp_path / "run", progress=False)
+    assert str(caught.value).startswith(f"{path}: distill: ")
+
+
+def test_a_teacher_that_rests_in_half_precision(
+    recipe: dict[str, Any], tetra_teacher_file: Path, tmp_path: Path
+) -> None:
+    half = load(tetra_teacher_file).rest_to(torch.float16)
+    save(half, tmp_path / "half.safetensors")
+    recipe["teacher"]["name"] = str(tmp_path / "half.safetensors")
+    recipe["backbone"]["image_size"] = [64, 64]  # not the teacher's, whose positions are interpolated
+    for stage in ("distill", "finetune"):
+        recipe[stage]["loop"]["precision"] = "bf16-mixed"
+    assert run_recipe(recipe, tmp_path / "run", progress=False).is_file()
+
+
+def test_one_run_at_a_time_in_a_folder(recipe: dict[str, Any], tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    descriptor = os.open(tmp_path / "run", os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(TrainingError, match=r"run: another run is at work in this folder; wait"):
+            run_recipe(recipe, tmp_path / "run", progress=False)
+        assert os.listdir(tmp_path / "run") == []
+    finally:
+        os.close(descriptor)
+    for resume in (False, True):  # a run that has ended holds nothing
+        run_recipe(recipe, tmp_path / "run", resume=resume, progress=False)
+
+
+def test_processes_that_load_data_do_not_hold_the_folder(tmp_path: Path) -> None:
+    """They notice only after some seconds that their run was killed."""
+    pytest.importorskip("fcntl")
+    context = multiprocessing.get_context("fork")
+    at_work, done = context.Event(), context.Event()
+    child = context.Process(target=lambda: (at_work.set(), done.wait(60)))
+    with _sole_use(tmp_path):
+        child.start()
+        assert at_work.wait(60)
+    try:
+        with _sole_use(tmp_path):
+            assert child.is_alive()
+    finally:
+        done.set()
+        child.join()
+
+
 def test_resuming_with_another_model(recipe: dict[str, Any], tmp_path: Path) -> None:
     run_recipe(recipe, tmp_path, progress=False)
     (tmp_path / "recipe.json").unlink()
@@ -207,6 +270,19 @@ def test_the_data_folder_can_be_given(recipe: dict[str, Any], pictures: Path, tm
         (("finetune",), "sources", "one", "'sources' is 'one', expected a list"),
         (("finetune",), "sources", [{"kind": "video", "foldr": "x"}], r"sources\[0\]: unknown key 'foldr'.*'folder'"),
         (("finetune",), "sources", [{"kind": "video"}], r"sources\[0\]: missing key 'folder'"),
+        (("distill",), "folders", [], r"recipe: distill: 'folders' is empty"),
+        (
+            ("finetune",),
+            "sources",
+            [{"kind": "gsv-cities", "folder": "x", "exclude": ["y"]}],
+            r"'exclude' means nothing for kind 'gsv-cities'; name the wanted ones in 'cities'",
+        ),
+        (
+            ("finetune",),
+            "sources",
+            [{"kind": "photos", "folder": "x", "cities": ["Rome"]}],
+            r"'cities' means nothing for kind 'photos'",
+        ),
         (("backbone",), "wdth", 3, r"unknown key 'wdth'; did you mean 'width'\?"),
         (("head_options",), "grids", [4, 4], "unknown option 'grids'"),
         ((), "arch", "nanno", "unknown architecture 'nanno'"),

@@ -25,12 +25,6 @@ from tetra.training.recipe import run_recipe
 from tetra.training.teachers import TeacherOutput, TetraTeacher
 
 N_STEPS = 60
-RUN = """
-import json, sys
-from tetra.training.recipe import run_recipe
-
-run_recipe(json.loads(sys.argv[1]), sys.argv[2], resume=True, progress=False)
-"""
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL is a POSIX signal")
 
@@ -83,27 +77,30 @@ def recipe(pictures: Path, tetra_teacher_file: Path) -> dict[str, Any]:
     }
 
 
-def kill_behind_a_checkpoint(recipe: dict[str, Any], out: Path, checkpoint: Path) -> int:
-    """Run the recipe in a process of its own, kill it once ``checkpoint`` lies there; the checkpoint's step."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-c", RUN, json.dumps(recipe), str(out)], env=environment, stderr=subprocess.PIPE
-    ) as process:
+def stop_behind_a_checkpoint(
+    recipe: dict[str, Any], out: Path, checkpoint: Path, by: signal.Signals = signal.SIGKILL, status: int = -9
+) -> int:
+    """Run the recipe in a process of its own, signal it once ``checkpoint`` lies there; the checkpoint's step."""
+    file = out.with_name("recipe.yaml")
+    file.write_text(json.dumps(recipe))  # JSON is YAML
+    command = [sys.executable, "-m", "tetra.cli", "train", "run", str(file), "--out", str(out), "--resume"]
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 300
         while not checkpoint.exists():
             assert process.stderr is not None
             assert process.poll() is None, process.stderr.read().decode()
             assert time.monotonic() < deadline, "no checkpoint within five minutes"
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.send_signal(by)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == status, err.decode()
     return int(load_checkpoint(checkpoint)["global_step"])
 
 
 def test_killed_and_resumed_in_both_stages(recipe: dict[str, Any], tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for stage in ("distill", "finetune"):
-        step = kill_behind_a_checkpoint(recipe, killed, killed / stage / CHECKPOINT)
+        step = stop_behind_a_checkpoint(recipe, killed, killed / stage / CHECKPOINT)
         assert 0 < step < N_STEPS
         assert not (killed / "model.safetensors").exists()
     assert not (killed / "finetune" / "csv" / "part1").exists()
@@ -123,6 +120,15 @@ def test_killed_and_resumed_in_both_stages(recipe: dict[str, Any], tmp_path: Pat
         for a, b in zip(expected_log, found_log, strict=True):
             assert a.get("loss") == b.get("loss")
             assert a.get("recall_binary") == b.get("recall_binary")
+
+
+@pytest.mark.parametrize(("by", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop(recipe: dict[str, Any], tmp_path: Path, by: signal.Signals, status: int) -> None:
+    """Nobody may take a run that was stopped for one that has finished."""
+    recipe["distill"]["max_steps"] = 100_000
+    out = tmp_path / "run"
+    stop_behind_a_checkpoint(recipe, out, out / "distill" / CHECKPOINT, by, status)
+    assert sorted(path.name for path in out.iterdir()) == ["distill", "recipe.json"]
 
 
 class Stop(Exception):

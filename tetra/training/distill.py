@@ -62,6 +62,8 @@ class DistillConfig:
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(accumulate=2))
 
     def __post_init__(self) -> None:
+        if not self.folders:
+            raise ConfigError("distill: 'folders' is empty; name at least one folder of images")
         for progress, side in self.sizes:
             if not 0.0 <= progress < 1.0 or side < 1:
                 raise ConfigError(f"distill: 'sizes' has ({progress}, {side}), expected 0 <= progress < 1, side > 0")

@@ -33,7 +33,7 @@ class PlaceSource:
 
     ``kind``: "gsv-cities" (``cities`` selects some), "video" (each ``window`` consecutive frames, starting
     every ``stride`` frames, are a place) or "photos" (each photo is one, told apart by augmentation).
-    ``exclude`` names subfolders of ``folder`` to leave out.
+    ``exclude`` names subfolders of ``folder`` to leave out, of videos and photos.
     """
 
     kind: Literal["gsv-cities", "video", "photos"]
@@ -45,6 +45,11 @@ class PlaceSource:
 
     def __post_init__(self) -> None:
         check_range("source", self, "window stride", 1)
+        needless = (
+            ("exclude", "name the wanted ones in 'cities'") if self.kind == "gsv-cities" else ("cities", "remove it")
+        )
+        if getattr(self, needless[0]):
+            raise ConfigError(f"source: '{needless[0]}' means nothing for kind '{self.kind}'; {needless[1]}")
 
     def places(self, base_dir: Path) -> list[Place]:
         """The places; see the functions of :mod:`tetra.training.data` for errors.

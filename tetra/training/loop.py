@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -169,6 +171,7 @@ def run_stage(
 
     Raises:
         TrainingError: a loss is not finite, a checkpoint can't be written, or one is there and ``resume`` is off.
+        SystemExit: with status 143 after SIGTERM.
     """
     loop = module.loop
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,8 +241,16 @@ def run_stage(
             # A loader's process sends its whole traceback as the message; the last line is "class: message".
             message = str(error).strip().splitlines()[-1].partition(": ")[2]
             raise type(error)(message) from None
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        except SystemExit as stop:
+            # Lightning ends the process by itself: after SIGTERM as if all were well, after Ctrl-C as after a bug.
+            logging.getLogger("tetra.training").info(
+                "stopped at step %d of %d; resuming goes on from the last checkpoint",
+                trainer.global_step,
+                module.n_steps,
+            )
+            if isinstance(stop, SIGTERMException):
+                raise SystemExit(128 + signal.SIGTERM) from None
+            raise KeyboardInterrupt from None
         trainer.save_checkpoint(checkpoint)
     else:
         module.load_state_dict(load_checkpoint(checkpoint)["state_dict"])

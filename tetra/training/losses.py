@@ -29,7 +29,12 @@ def attention_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     Raises:
         TrainingError: the number of layers or the token counts differ.
     """
-    if len(student) != len(teacher) or any(s.shape != t.shape for s, t in zip(student, teacher, strict=False)):
+    if len(student) != len(teacher):
+        raise TrainingError(
+            f"attention loss: maps of {len(student)} student layers and {len(teacher)} teacher layers; lower "
+            f"'attention_layers' to {min(len(student), len(teacher))}"
+        )
+    if any(s.shape != t.shape for s, t in zip(student, teacher, strict=True)):
         shapes = [[tuple(x.shape) for x in side] for side in (student, teacher)]
         raise TrainingError(
             f"attention loss: student maps {shapes[0]} against teacher maps {shapes[1]}; choose image sizes "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -136,9 +138,63 @@ def run_recipe(
 
     Returns:
         The path of the packed model.
+
+    Raises:
+        ConfigError: the recipe can't be read or asks for what can't be; the message names it.
+        TetraError: images, teacher or checkpoint are not as they should be, or another run works in the folder.
+        SystemExit: with status 143 after SIGTERM.
     """
-    with writing_into(out_dir):
-        return _run(source, Path(out_dir), resume, data_dir, progress)
+    with writing_into(out_dir), contextlib.ExitStack() as held:
+        try:
+            return _run(source, Path(out_dir), resume, data_dir, progress, held)
+        except ConfigError as error:
+            where = _name_of(source)
+            if where in str(error):
+                raise
+            raise ConfigError(f"{where}: {error}") from None
+
+
+@contextlib.contextmanager
+def _sole_use(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder, by a lock that falls with this process however it ends.
+
+    Raises:
+        TrainingError: another run works there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    _locked.add(descriptor)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TrainingError(
+                    f"{folder}: another run is at work in this folder; wait for its end or choose another folder"
+                ) from None
+        yield
+    finally:
+        if descriptor in _locked:
+            _locked.remove(descriptor)
+            os.close(descriptor)
+
+
+_locked: set[int] = set()
+
+
+def _let_go() -> None:
+    """Processes that load data would hold on to the lock of a run that was killed."""
+    for descriptor in _locked:
+        os.close(descriptor)
+    _locked.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 # What may change between the parts of a run without changing its result.
@@ -152,6 +208,8 @@ def _check_same_recipe(recipe: Recipe, out: Path) -> None:
         return
     try:
         before = json.loads(file.read_text())
+        if not isinstance(before, dict):
+            raise ValueError(f"holds a {type(before).__name__}, not a recipe")
     except (OSError, ValueError) as error:
         raise TrainingError(f"{file}: can't be read ({error}); choose another folder") from None
     now = json.loads(json.dumps(asdict(recipe)))
@@ -176,7 +234,12 @@ def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]
 
 
 def _run(
-    source: str | Path | dict[str, Any], out: Path, resume: bool, data_dir: str | Path | None, progress: bool
+    source: str | Path | dict[str, Any],
+    out: Path,
+    resume: bool,
+    data_dir: str | Path | None,
+    progress: bool,
+    held: contextlib.ExitStack,
 ) -> Path:
     recipe = load_recipe(source)
     for stage in ("distill", "finetune"):
@@ -186,14 +249,12 @@ def _run(
             )
     seed = (recipe.distill or recipe.finetune).loop.seed  # type: ignore[union-attr]
     torch.manual_seed(seed)
-    try:
-        model = TetraModel(recipe.model())
-    except ConfigError as error:
-        raise ConfigError(f"{_name_of(source)}: {error}") from None
+    model = TetraModel(recipe.model())
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"{out}: can't be made a folder ({error.strerror}); choose another one") from None
+    held.enter_context(_sole_use(out))
     base = Path(data_dir) if data_dir is not None else Path(recipe.data_dir)
     if resume:
         _check_same_recipe(recipe, out)
