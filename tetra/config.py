@@ -238,8 +238,9 @@ BACKBONES: dict[str, BackboneConfig] = {
 }
 
 _NANO_HEADS: dict[str, dict[str, Any]] = {
-    # A 7 x 7 grid and two mixer layers keep the whole nano file below 2 MB.
-    "mixvpr": {"grid": (7, 7), "out_channels": 256, "mix_depth": 2, "out_rows": 16},
+    # A coarse grid and two mixer layers keep the whole nano file below 2 MB; as many rows as the grid has cells let
+    # every bit belong to one part of the image.
+    "mixvpr": {"grid": (5, 5), "out_channels": 256, "mix_depth": 2, "out_rows": 25},
 }
 
 
