@@ -6,7 +6,10 @@ nor a GPU.
 """
 
 from tetra.kernels.attention import attention, attention_qkv, query_scale
+from tetra.kernels.attention_distillation import attention_distillation
+from tetra.kernels.attention_training import attention_train
 from tetra.kernels.bits import pack_bits, pack_bits_checked, unpack_bits
+from tetra.kernels.blended_linear import blended_linear
 from tetra.kernels.hamming_search import hamming_search
 from tetra.kernels.layer_norm import layer_norm
 from tetra.kernels.patches import patch_rows
@@ -21,10 +24,14 @@ from tetra.kernels.ternary_matmul import (
     ternary_matmul_int32,
     unpack_ternary,
 )
+from tetra.kernels.token_loss import token_loss
 
 __all__ = [
     "attention",
+    "attention_distillation",
     "attention_qkv",
+    "attention_train",
+    "blended_linear",
     "check_packed",
     "hamming_search",
     "layer_norm",
@@ -40,6 +47,7 @@ __all__ = [
     "ternary_linear_float",
     "ternary_linear_int8",
     "ternary_matmul_int32",
+    "token_loss",
     "unpack_bits",
     "unpack_ternary",
 ]

@@ -30,9 +30,8 @@ def gelu_reference(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def gelu_in_registers(x):
-    """GELU of a float32 tile, for use inside kernels."""
-    z = tl.abs(x)
+def _tail_in_registers(z):
+    """Phi(-z), for z >= 0."""
     p = z * -1.1517176e-06 + 1.888732e-05
     p = p * z - 8.826607e-05
     p = p * z - 0.00037169896
@@ -41,4 +40,20 @@ def gelu_in_registers(x):
     p = p * z - 0.4591465
     p = p * z - 1.1511122
     p = p * z - 0.9999999
-    return tl.maximum(x, 0.0) - z * tl.exp2(p)
+    return tl.exp2(p)
+
+
+@triton.jit
+def gelu_in_registers(x):
+    """GELU of a float32 tile, for use inside kernels."""
+    z = tl.abs(x)
+    return tl.maximum(x, 0.0) - z * _tail_in_registers(z)
+
+
+@triton.jit
+def gelu_with_slope(x):
+    """The same, and its derivative Phi(x) + x phi(x) with phi(x) = exp(-x^2 / 2) / sqrt(2 pi)."""
+    z = tl.abs(x)
+    tail = _tail_in_registers(z)
+    density = tl.exp2(x * x * -0.72134752) * 0.39894228
+    return tl.maximum(x, 0.0) - z * tail, tl.where(x > 0.0, 1.0 - tail, tail) + x * density

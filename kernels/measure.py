@@ -39,7 +39,7 @@ def _median_ms(call: Callable[[], object]) -> float:
 def measure_cpu(
     dtype: torch.dtype = torch.bfloat16, tokens: int = 530, width: int = 768, n_heads: int = 12
 ) -> dict[str, dict[str, float | str]]:
-    """Run each operation compiled and in plain PyTorch, and from now on use the faster for ``dtype``.
+    """Run each operation of inference compiled and in plain PyTorch, and from now on use the faster for ``dtype``.
 
     Args:
         dtype: of activations: float32, bfloat16 or float16.

@@ -55,6 +55,7 @@ _INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "portable": (),
 }
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}  # Format in vectors.hpp
+TRAINING_OPERATIONS = ("blend_rows", "blend_weight")  # the first with its backward
 OPERATIONS = (
     "quantize_rows",
     "norm_quantize",
@@ -62,6 +63,7 @@ OPERATIONS = (
     "ternary_linear",
     "ternary_matmul_int32",
     "attention_qkv",
+    *TRAINING_OPERATIONS,
 )
 
 
@@ -232,7 +234,18 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     ]
     library.tetra_ternary_linear.argtypes = [*product, _LONG, _INT, _LONG, _FLOAT, _POINTER, _INT, _LONG]
     library.tetra_attention.argtypes = [_POINTER, _INT, *[_LONG] * 6, _FLOAT, _POINTER, _LONG]
-    for name in ("tetra_rows", "tetra_ternary_linear", "tetra_attention"):
+    activation: list[Any] = [_POINTER, _INT, _LONG, _LONG, _INT, ctypes.c_double, _LONG, *[_POINTER, _INT] * 2, _FLOAT]
+    library.tetra_blend_rows.argtypes = [*activation, _FLOAT, _POINTER, _INT, _LONG]
+    library.tetra_blend_rows_backward.argtypes = [*activation, _POINTER, _INT, *[_POINTER] * 3, _LONG]
+    library.tetra_blend_weight.argtypes = [_POINTER, _INT, _LONG, _FLOAT, _POINTER, _INT, _LONG]
+    for name in (
+        "tetra_rows",
+        "tetra_ternary_linear",
+        "tetra_attention",
+        "tetra_blend_rows",
+        "tetra_blend_rows_backward",
+        "tetra_blend_weight",
+    ):
         getattr(library, name).restype = None
     library.tetra_use_threads_of.argtypes = [_POINTER]
     library.tetra_use_threads_of(_gomp_parallel())
@@ -307,7 +320,7 @@ def supports(name: str, dtype: torch.dtype) -> bool:
         return False
     if name == "ternary_matmul_int32":
         return dtype == torch.int8
-    return dtype in (torch.float32, torch.bfloat16) or (dtype == torch.float16 and _has_float16())
+    return _known(dtype)
 
 
 def prefer(name: str, dtype: torch.dtype, compiled: bool) -> None:
@@ -356,11 +369,18 @@ def _has_float16() -> bool:
     return library is not None and bool(library.tetra_has_float16())
 
 
+def _known(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.bfloat16) or (dtype == torch.float16 and _has_float16())
+
+
 def _readable(values: Tensor) -> Tensor:
     """In a format that the kernels read."""
-    dtype = values.dtype
-    known = dtype in (torch.float32, torch.bfloat16) or (dtype == torch.float16 and _has_float16())
-    return values if known else values.float()
+    return values if _known(values.dtype) else values.float()
+
+
+def _written(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or what to write, and convert, where the kernels don't write it."""
+    return dtype if _known(dtype) else torch.float32
 
 
 def _parameter(values: Tensor | None) -> Tensor | None:
@@ -539,3 +559,84 @@ def attention_qkv(qkv: Tensor, n_heads: int, prescaled: bool = False) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def _activation(
+    x: Tensor, norm: tuple[Tensor, Tensor, float] | None, gelu: bool, dropout: float, seed: int | Tensor
+) -> list[object]:
+    """The arguments that ``blend_rows`` and its backward share. Callers keep the list, and with it the tensors."""
+    weight, bias, eps = (None, None, 0.0) if norm is None else norm
+    return [x, x.shape[0], x.shape[1], gelu, dropout, int(seed), _parameter(weight), _parameter(bias), eps]
+
+
+def _pointers(arguments: list[object]) -> Iterator[object]:
+    """What C++ takes: for a tensor its address and its format, for None those of no tensor."""
+    for argument in arguments:
+        if argument is None or isinstance(argument, Tensor):
+            yield _pointer(argument)
+            yield _format_of(argument)
+        else:
+            yield argument
+
+
+def blend_rows(
+    x: Tensor,
+    lam: float,
+    norm: tuple[Tensor, Tensor, float] | None,
+    gelu: bool,
+    dropout: float,
+    seed: int | Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Blend of LayerNorm(dropout(gelu(x))) for ``x`` [M, K], contiguous; see ``tetra.kernels.blended_linear``."""
+    library = _loaded()
+    assert library is not None  # callers have asked
+    out = torch.empty(x.shape, dtype=_written(out_dtype))
+    arguments = [*_activation(x, norm, gelu, dropout, seed), lam, out]
+    library.tetra_blend_rows(*_pointers(arguments), torch.get_num_threads())
+    return out.to(out_dtype)
+
+
+def blend_rows_backward(
+    grad: Tensor,
+    x: Tensor,
+    norm: tuple[Tensor, Tensor, float] | None,
+    gelu: bool,
+    dropout: float,
+    seed: int | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradient of ``blend_rows``' result those of x and of the norm's weight and bias.
+
+    The last two are float32 [K], or empty without ``norm``.
+    """
+    library = _loaded()
+    assert library is not None  # callers have asked
+    grad_x = torch.empty_like(x)
+    sums = torch.empty(2, 0 if norm is None else x.shape[1])
+    arguments = [*_activation(x, norm, gelu, dropout, seed), _readable(grad).contiguous()]
+    library.tetra_blend_rows_backward(
+        *_pointers(arguments),
+        grad_x.data_ptr(),
+        sums[0].data_ptr(),
+        sums[1].data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_x, sums[0], sums[1]
+
+
+def blend_weight(weight: Tensor, lam: float, out_dtype: torch.dtype) -> Tensor:
+    """W + lambda (Q(W) - W) of ``weight`` in ``out_dtype``; see ``tetra.kernels.blended_linear``."""
+    library = _loaded()
+    assert library is not None  # callers have asked
+    weight = weight.contiguous()
+    out = torch.empty(weight.shape, dtype=_written(out_dtype))
+    library.tetra_blend_weight(
+        weight.data_ptr(),
+        _FORMATS[weight.dtype],
+        weight.numel(),
+        lam,
+        out.data_ptr(),
+        _FORMATS[out.dtype],
+        torch.get_num_threads(),
+    )
+    return out.to(out_dtype)

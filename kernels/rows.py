@@ -89,8 +89,8 @@ def load_row(x_row, residual_row, total_row, K: tl.constexpr, CHUNK: tl.constexp
 
 
 @triton.jit
-def normalize_row(parts, weight_ptr, bias_ptr, eps, K: tl.constexpr, CHUNK: tl.constexpr):
-    """LayerNorm of a row whose parts are 0 from column K on; so are the results."""
+def centre_row(parts, eps, K: tl.constexpr, CHUNK: tl.constexpr):
+    """Parts of a row minus its mean, 0 from column K on as ``parts`` are, and 1 / sqrt(variance + eps)."""
     columns = tl.arange(0, CHUNK)
     total = parts[0]
     for i in tl.static_range(1, len(parts)):
@@ -104,7 +104,14 @@ def normalize_row(parts, weight_ptr, bias_ptr, eps, K: tl.constexpr, CHUNK: tl.c
             part = tl.where(i * CHUNK + columns < K, part, 0.0)
         squares += part * part
         centred = centred + (part,)  # type: ignore[assignment]  # noqa: RUF005
-    factor = tl.rsqrt(tl.sum(squares) * (1.0 / K) + eps)
+    return centred, tl.rsqrt(tl.sum(squares) * (1.0 / K) + eps)
+
+
+@triton.jit
+def normalize_row(parts, weight_ptr, bias_ptr, eps, K: tl.constexpr, CHUNK: tl.constexpr):
+    """LayerNorm of a row whose parts are 0 from column K on; so are the results."""
+    columns = tl.arange(0, CHUNK)
+    centred, factor = centre_row(parts, eps, K, CHUNK)
     normalized = ()
     for i in tl.static_range(len(parts)):
         weight = load_part(weight_ptr, i * CHUNK + columns, (i + 1) * CHUNK, K)

@@ -74,6 +74,11 @@ def pack_ternary(codes: Tensor) -> Tensor:
     illegal = (codes > 1) | (codes < -1)  # not abs(), which leaves -128 as it is
     if bool(illegal.any()):
         raise ValueError(f"codes: found {int(codes[illegal][0])}, wanted -1, 0 or 1 only")
+    return pack_ternary_unchecked(codes)
+
+
+def pack_ternary_unchecked(codes: Tensor) -> Tensor:
+    """``pack_ternary`` of codes that are known to be legal; does not wait for a device."""
     n, k = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -k % GROUP))
     planes = (padded.view(torch.uint8) & 3).view(n, -(-k // GROUP), PLANES, GROUP_BYTES)

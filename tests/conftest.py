@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tetra.config import BackboneConfig, HeadConfig, ModelConfig
+from tetra.kernels.backend import backend_for
 from tetra.model import TetraModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder}")
     return folder
+
+
+@pytest.fixture
+def fused_training() -> None:
+    """The test compares fused with composed training; it is skipped where only the second runs."""
+    if backend_for(torch.zeros(1)) == "torch":
+        pytest.skip("no compiled kernels here")
 
 
 @pytest.fixture

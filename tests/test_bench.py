@@ -76,8 +76,8 @@ class _Operations(TorchDispatchMode):
 def test_baselines_are_plain_torch_and_packed_models_are_not() -> None:
     config = model_config("nano", None)
     images = torch.rand(1, 3, 32, 32)
-    for make, expected in ((_float_model, {"aten"}), (_packed_model, {"aten", "tetra"})):
-        with _Operations() as seen:
+    for make, backend, expected in ((_float_model, "torch", {"aten"}), (_packed_model, None, {"aten", "tetra"})):
+        with forced_backend(backend), _Operations() as seen:
             make(config, torch.bfloat16, CPU).features(images)
         assert seen.namespaces - {"prim", "prims"} == expected
 

@@ -24,6 +24,7 @@ from tetra.layers import (
     name_layers,
     norm_linear,
     set_lambda,
+    train_linear,
 )
 from tetra.model import TetraModel
 
@@ -255,6 +256,90 @@ def test_a_layer_without_a_name_still_says_what_it_is() -> None:
         layer.weight[0, 0] = math.nan
     with pytest.raises(ValueError, match="layer 'TernaryLinear'"):
         layer.pack()
+
+
+# --- training, fused and composed ---
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+@pytest.mark.usefixtures("fused_training")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("lam", [None, 0.0, 0.4, 1.0])
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("n_in", "n_out", "lead"), CASES[1:])
+def test_training_fused_is_training_composed(
+    n_in: int,
+    n_out: int,
+    lead: tuple[int, ...],
+    gelu: bool,
+    with_norm: bool,
+    lam: float | None,
+    autocast: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    norm, layer = norm_and_layer(n_in, n_out)
+    linear = Linear(n_in, n_out) if lam is None else layer
+    if isinstance(linear, TernaryLinear):
+        linear.lam = lam
+    pair = nn.ModuleList([norm, linear]).requires_grad_(True).train()
+    upstream = torch.randn(*lead, n_out)
+    results = []
+    # In float32, and against it the fused path in bfloat16: both composed paths round every step.
+    for backend, dtype in (("torch", torch.float32), ("auto", torch.bfloat16 if autocast else torch.float32)):
+        monkeypatch.setenv("TETRA_BACKEND", backend)
+        copied = copy.deepcopy(pair)
+        x = torch.linspace(-2, 2.5, math.prod(lead) * n_in).reshape(*lead, n_in).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = train_linear(x, copied[1], copied[0] if with_norm else None, gelu=gelu)
+        assert y.dtype == dtype
+        y.backward(upstream.to(dtype))
+        results.append([y, x.grad, *(p.grad for p in copied.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) == 4 + 2 * with_norm
+    for composed, found in zip(*results, strict=True):
+        assert found.shape == composed.shape
+        assert relative_error(found, composed) < (3e-2 if autocast else 1e-3)
+
+
+@pytest.mark.usefixtures("fused_training")
+def test_training_fused_keeps_the_input_alone() -> None:
+    norm, layer = norm_and_layer(96, 64)
+    layer.lam = 0.5
+    nn.ModuleList([norm, layer]).requires_grad_(True).train()
+    x = torch.randn(10, 96, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        train_linear(x, layer, norm, gelu=True, dropout=nn.Dropout(0.1))
+    ours = {t.data_ptr() for t in (x, layer.weight, norm.weight, norm.bias)}
+    assert sum(t.numel() * t.element_size() for t in saved if t.data_ptr() not in ours) <= 8  # the seed
+
+
+@pytest.mark.usefixtures("fused_training")
+def test_dropout_of_the_fused_path_follows_the_generator() -> None:
+    layer = TernaryLinear(200, 300)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(300, 200))
+        layer.bias.zero_()
+    layer.lam = 0.0
+    x, dropout = torch.rand(50, 200) + 1.0, nn.Dropout(0.25)
+
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return train_linear(x, layer, dropout=dropout)[:, :200].detach()
+
+    y = draw(1)
+    torch.testing.assert_close(y, torch.where(y > 0, x / 0.75, 0.0))
+    assert 0.72 < float((y > 0).float().mean()) < 0.78
+    assert torch.equal(draw(1), y)
+    assert not torch.equal(draw(2), y)
+    following = train_linear(x, layer, dropout=dropout)[:, :200].detach()
+    assert not torch.equal(following, draw(2))  # the next call draws another mask
+    dropout.eval()
+    torch.testing.assert_close(draw(1), x)
 
 
 # --- modes never destroy weights ---

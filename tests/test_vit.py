@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tetra.config import BACKBONES, BackboneConfig
 from tetra.errors import ImageError
@@ -221,6 +222,49 @@ def test_autocast_gets_the_composed_block(ternary: bool) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = x + block.attention(x)
         assert torch.equal(block(x), y + block.mlp(y))
+
+
+@pytest.mark.usefixtures("fused_training")
+@pytest.mark.parametrize("ternary", [True, False])
+@pytest.mark.parametrize("lam", [0.0, 0.6, 1.0])
+def test_a_block_trains_the_same_fused_and_composed(lam: float, ternary: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = Block(TINY, ternary)
+    set_lambda(block, lam)
+    upstream = torch.randn(3, 25, 32)
+    found, n_bytes = [], []
+
+    def count(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in {p.data_ptr() for p in block.parameters()}:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for backend in ("torch", "auto"):
+        monkeypatch.setenv("TETRA_BACKEND", backend)
+        block.zero_grad()
+        sizes: dict[int, int] = {}
+        x = torch.linspace(-2, 2, 3 * 25 * 32).sin().reshape(3, 25, 32).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            y = block(x)
+        y.backward(upstream)
+        found.append([y.detach(), x.grad, *(p.grad for p in block.parameters())])
+        n_bytes.append(sum(sizes.values()))
+    for composed, fused in zip(*found, strict=True):
+        # One activation may round the other way.
+        assert (fused - composed).norm() <= (2e-2 if lam else 1e-4) * composed.norm()
+    assert n_bytes[1] < 0.75 * n_bytes[0]
+
+
+@pytest.mark.parametrize("ternary", [True, False])
+def test_a_block_made_again_in_the_backward_pass_drops_the_same_values(ternary: bool) -> None:
+    block = Block(replace(TINY, dropout=0.3), ternary)
+    found = []
+    for again in (False, True):
+        torch.manual_seed(5)
+        x = torch.linspace(-2, 2, 2 * 25 * 32).sin().reshape(2, 25, 32).requires_grad_()
+        y = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])])
+    for once, twice in zip(*found, strict=True):
+        assert torch.equal(once, twice)
 
 
 def test_collected_queries_and_keys_are_those_of_the_projection() -> None:

@@ -107,7 +107,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = app(standalone_mode=False)
+        status = app(standalone_mode=False, prog_name="tetra")
         sys.stdout.flush()  # not left to the interpreter's exit, which would report a full disk in its own way
         sys.exit(status)
     except _UsageError as error:

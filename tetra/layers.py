@@ -10,6 +10,11 @@ are. ``pack()`` returns a new :class:`PackedTernaryLinear`, which can only infer
 **Two ways to compute.** A module of the backbone is written twice: *composed* of the layers above, which is what
 trains, and for *inference*, in fused kernels from :mod:`tetra.kernels`. :func:`run` takes the second wherever a
 module is in evaluation mode, so a trained model and its packed copy run the same kernels.
+
+**Training is fused too.** :func:`train_linear` computes a linear layer with the norm, GELU and dropout before it, in
+kernels that keep nothing for the backward pass but the layer's input. With ``TETRA_BACKEND=torch``, in float64 and
+while compiling it is composed of plain modules instead: the reference, with the same gradients where nothing is
+dropped (the two draw different masks).
 """
 
 from __future__ import annotations
@@ -21,7 +26,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tetra.kernels import check_packed, layer_norm, norm_quantize, pack_ternary, ternary_linear, ternary_linear_int8
+from tetra.kernels import (
+    blended_linear,
+    check_packed,
+    layer_norm,
+    norm_quantize,
+    pack_ternary,
+    ternary_linear,
+    ternary_linear_int8,
+)
+from tetra.kernels.backend import backend_for
 from tetra.kernels.row_quantize import check_finite_scale
 from tetra.quantization import blend_activation, blend_weight, ternarize_weight
 
@@ -118,9 +132,17 @@ class TernaryLinear(nn.Linear):
                 exact: Tensor = _ExactStraightThrough.apply(x, self.weight, self.bias, twin)
                 return exact
             return twin(x)
-        if not torch.isfinite(self.weight).all():
-            raise ValueError(f"layer '{self.layer_name or 'TernaryLinear'}': the weight has NaN or infinite values")
+        if trains_fused(x, self):
+            return train_linear(x, self)
+        self.check_weight()
         return F.linear(blend_activation(x, self.lam), blend_weight(self.weight, self.lam), self.bias)
+
+    def check_weight(self) -> None:
+        """Raises ValueError, which names the layer, if the weight has NaN or infinite values."""
+        # A sum is finite only if every weight is, and is quicker than a tensor of answers; it may overflow, though.
+        weight = self.weight.detach()
+        if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+            raise ValueError(f"layer '{self.layer_name or 'TernaryLinear'}': the weight has NaN or infinite values")
 
     def twin(self) -> PackedTernaryLinear:
         """The packed layer that computes this one in evaluation mode at lambda 1; kept until the weight changes.
@@ -255,6 +277,51 @@ def norm_linear(
         )
     except ValueError as error:
         raise ValueError(f"layer '{packed.layer_name or 'PackedTernaryLinear'}': {error}") from None
+
+
+def trains_fused(x: Tensor, module: nn.Module) -> bool:
+    """Whether ``module`` trains in this project's kernels on ``x``; else it is composed of plain modules."""
+    # In evaluation mode layers are composed, or fused by what infers. The compiler fuses by itself.
+    if not module.training or x.dtype not in KERNEL_DTYPES or x.device.type == "meta":
+        return False
+    return not torch.compiler.is_compiling() and backend_for(x) != "torch"
+
+
+def train_linear(
+    x: Tensor,
+    linear: nn.Module,
+    norm: nn.Module | None = None,
+    *,
+    gelu: bool = False,
+    dropout: nn.Dropout | None = None,
+) -> Tensor:
+    """linear(norm(dropout(gelu(x)))) to train with: x [..., K] -> [..., N], in autocast's dtype where that is on.
+
+    Args:
+        x: float [..., K].
+        linear: a linear layer: ternary, which blends at its lambda, or of full precision.
+        norm: a LayerNorm; None, or an identity, for none.
+        gelu: apply the exact GELU first.
+        dropout: acts after it, in training mode.
+
+    Raises:
+        ValueError: the weight of a ternary layer has NaN or infinite values; the message names the layer.
+    """
+    if not trains_fused(x, linear):
+        for step in (F.gelu if gelu else None, dropout, norm, linear):
+            x = x if step is None else step(x)
+        return x
+    assert isinstance(linear, nn.Linear)
+    lam = 0.0
+    if isinstance(linear, TernaryLinear):
+        linear.check_weight()
+        lam = linear.lam
+    assert norm is None or isinstance(norm, (nn.LayerNorm, nn.Identity))
+    affine = (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else None
+    # From the CPU's generator on every device: no waiting, and a step that is seeded repeats its masks.
+    p = dropout.p if dropout is not None and dropout.training else 0.0
+    seed = int(torch.randint(2**63 - 1, ())) if p else 0
+    return blended_linear(x, linear.weight, linear.bias, lam, norm=affine, gelu=gelu, dropout=p, seed=seed)
 
 
 class _ExactStraightThrough(torch.autograd.Function):

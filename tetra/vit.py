@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from tetra.config import BackboneConfig
 from tetra.errors import ImageError
-from tetra.kernels import attention, attention_qkv, layer_norm, patch_rows, query_scale
-from tetra.layers import Conv2d, LayerNorm, Linear, TernaryLinear, norm_linear, run
+from tetra.kernels import attention, attention_qkv, attention_train, layer_norm, patch_rows, query_scale
+from tetra.layers import Conv2d, LayerNorm, Linear, TernaryLinear, norm_linear, run, train_linear, trains_fused
 
 Colours = tuple[float, float, float]
 Collected = list[tuple[Tensor, Tensor]]
@@ -98,11 +98,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, collect: Collected | None = None) -> Tensor:
         """[B, 1 + T, D] -> the same; queries and keys [B, H, 1 + T, E] are appended to ``collect``."""
         b, t, _ = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(b, t, 3, self.n_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        qkv = train_linear(x, self.qkv, self.norm)
+        q, k, v = qkv.view(b, t, 3, self.n_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         if collect is not None:
             collect.append((q, k))
-        y = attention(q, k, v).transpose(1, 2).reshape(b, t, self.n_heads * self.head_dim)
-        y = self.dropout(self.out(self.norm_out(y)))
+        if trains_fused(x, self):
+            y = attention_train(qkv, self.n_heads)
+        else:
+            y = attention(q, k, v).transpose(1, 2).flatten(2)
+        y = self.dropout(train_linear(y, self.out, self.norm_out))
         return y
 
 
@@ -119,8 +123,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 1 + T, D] -> the same."""
-        hidden = self.norm_down(self.dropout(F.gelu(self.up(self.norm(x)))))
-        y: Tensor = self.dropout(self.down(hidden))
+        hidden = train_linear(x, self.up, self.norm)
+        y: Tensor = self.dropout(train_linear(hidden, self.down, self.norm_down, gelu=True, dropout=self.dropout))
         return y
 
 

@@ -2,6 +2,7 @@
 // count elements, formats are those of vectors.hpp. Sources are compiled on the machine that runs them.
 
 #include "attention.hpp"
+#include "blend.hpp"
 #include "rows.hpp"
 #include "ternary.hpp"
 
@@ -60,6 +61,30 @@ void tetra_attention(const void* qkv, int32_t format, int64_t batch, int64_t tok
                      int64_t batch_stride, int64_t token_stride, float scale, void* out, int64_t threads) {
     tetra::run(tetra::Attention{qkv, format, batch, tokens, heads, dim, batch_stride, token_stride, scale, out},
                threads);
+}
+
+void tetra_blend_rows(const void* x, int32_t format, int64_t m, int64_t k, int32_t gelu, double dropout,
+                      int64_t seed, const void* weight, int32_t weight_format, const void* bias, int32_t bias_format,
+                      float eps, float lambda, void* out, int32_t out_format, int64_t threads) {
+    tetra::run(tetra::BlendRows{{x, format, m, k, gelu != 0, tetra::Dropout(dropout, seed), weight, weight_format,
+                                 bias, bias_format, eps},
+                                lambda, out, out_format},
+               threads);
+}
+
+void tetra_blend_rows_backward(const void* x, int32_t format, int64_t m, int64_t k, int32_t gelu, double dropout,
+                               int64_t seed, const void* weight, int32_t weight_format, const void* bias,
+                               int32_t bias_format, float eps, const void* grad, int32_t grad_format, void* grad_x,
+                               float* grad_weight, float* grad_bias, int64_t threads) {
+    tetra::run(tetra::BlendRowsBackward{{x, format, m, k, gelu != 0, tetra::Dropout(dropout, seed), weight,
+                                         weight_format, bias, bias_format, eps},
+                                        grad, grad_format, grad_x, grad_weight, grad_bias},
+               threads);
+}
+
+void tetra_blend_weight(const void* weight, int32_t format, int64_t n, float lambda, void* out, int32_t out_format,
+                        int64_t threads) {
+    tetra::run(tetra::BlendWeight{weight, format, n, lambda, out, out_format}, threads);
 }
 
 }  // extern "C"

@@ -67,6 +67,31 @@ template <class Function> INLINE float quantize_row(int64_t k, float magnitude, 
     return magnitude / 127.0f;
 }
 
+// Mean of a row in the buffer and 1 / sqrt(variance + eps); from k on the buffer is filled with the mean.
+struct Moments {
+    float mean, factor;
+};
+
+INLINE Moments moments_of(float* buffer, int64_t k, float eps) {
+    const int64_t n = padded(k);
+    const auto value = [&](int64_t i) { return load<Floats>(buffer + i); };
+    const float mean = sum_over(n, value) / static_cast<float>(k);
+    std::fill(buffer + k, buffer + n, mean);
+    const float variance = sum_over(n, [&](int64_t i) { return (value(i) - mean) * (value(i) - mean); });
+    return {mean, 1.0f / std::sqrt(variance / static_cast<float>(k) + eps)};
+}
+
+// LayerNorm of a row in the buffer, which is 0 from k on, as weight and bias are; returns its largest magnitude.
+INLINE float normalize_row(float* buffer, int64_t k, float eps, const float* weight, const float* bias) {
+    const Moments moments = moments_of(buffer, k, eps);
+    return largest_magnitude(padded(k), [&](int64_t i) {
+        const Floats centred = (load<Floats>(buffer + i) - moments.mean) * moments.factor;
+        const Floats y = centred * load<Floats>(weight + i) + load<Floats>(bias + i);
+        store(buffer + i, y);
+        return y;
+    });
+}
+
 template <class X> void run_row(const Rows& rows, int64_t row, float* buffer, const float* weight, const float* bias) {
     typedef typename X::Element Element;
     const int64_t k = rows.k, n = padded(k);
@@ -85,21 +110,14 @@ template <class X> void run_row(const Rows& rows, int64_t row, float* buffer, co
     }
     std::fill(buffer + k, buffer + n, 0.0f);
     const auto value = [&](int64_t i) { return load<Floats>(buffer + i); };
-    if (rows.weight) {
-        const float mean = sum_over(n, value) / static_cast<float>(k);
-        std::fill(buffer + k, buffer + n, mean);
-        const float variance = sum_over(n, [&](int64_t i) { return (value(i) - mean) * (value(i) - mean); });
-        const float factor = 1.0f / std::sqrt(variance / static_cast<float>(k) + rows.eps);
-        for (int64_t i = 0; i < n; i += LANES) {
-            const Floats y = (value(i) - mean) * factor * load<Floats>(weight + i) + load<Floats>(bias + i);
-            store(buffer + i, y);
-        }
-    }
+    const float magnitude = rows.weight  ? normalize_row(buffer, k, rows.eps, weight, bias)
+                            : rows.codes ? largest_magnitude(n, value)
+                                         : 0.0f;
     if (rows.out) {
         Element* out = static_cast<Element*>(rows.out) + row * k;
         for (int64_t i = 0; i < k; i += LANES) store_first<X>(out + i, value(i), k - i);
     } else {
-        rows.scale[row] = quantize_row(k, largest_magnitude(n, value), rows.codes + row * k, value);
+        rows.scale[row] = quantize_row(k, magnitude, rows.codes + row * k, value);
     }
 }
 

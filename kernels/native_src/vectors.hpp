@@ -71,6 +71,19 @@ INLINE Floats largest(Floats a, Floats b) {
 
 INLINE Ints largest(Ints a, Ints b) { return a > b ? a : b; }
 
+// Rounded half to even.
+INLINE Floats round_to_even(Floats v) {
+#if TETRA_AVX512
+    return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT);
+#elif TETRA_AVX2
+    return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    Floats result;
+    for (int i = 0; i < LANES; i++) result[i] = __builtin_rintf(v[i]);
+    return result;
+#endif
+}
+
 template <class Vector> INLINE auto sum_of(Vector v) {
     auto total = v[0];
     for (int i = 1; i < LANES; i++) total += v[i];
@@ -91,6 +104,16 @@ template <class Vector> INLINE auto largest_of(Vector v) {
     auto best = v[0];
     for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
     return best;
+}
+
+INLINE int32_t largest_of(Ints v) {
+#if TETRA_AVX512
+    return _mm512_reduce_max_epi32(bits<__m512i>(v));
+#else
+    int32_t best = v[0];
+    for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
+    return best;
+#endif
 }
 
 // Rounded half to even; the values have to be within int8's range.
@@ -241,13 +264,13 @@ INLINE Floats exp2_of(Floats x) {
 #endif
 }
 
-// x Phi(x) with the exact normal distribution; absolute error below 1e-7 max(1, |x|).
+INLINE Floats magnitude_of(Floats x) { return bits<Floats>(bits<Words>(x) & 0x7fffffffu); }
+
+// Q(t) = 1 - Phi(t) for t >= 0, the upper tail of the normal distribution; absolute error below 1e-7 / max(1, t).
 //
-// gelu(x) = max(x, 0) - |x| Q(|x|) with the upper tail Q = 1 - Phi, and log2 Q is so smooth that a polynomial is
-// enough: no branch, no division, nothing that cancels. Fitted on [0, 6] for the error of |x| Q(|x|); beyond, the
-// negative leading coefficient takes it to 0.
-INLINE Floats gelu_of(Floats x) {
-    const Floats t = bits<Floats>(bits<Words>(x) & 0x7fffffffu);
+// log2 Q is so smooth that a polynomial is enough: no branch, no division, nothing that cancels. Fitted on [0, 6]
+// for the error of t Q(t); beyond, the negative leading coefficient takes it to 0.
+INLINE Floats upper_tail_of(Floats t) {
     Floats p = splat(-2.334945975235314e-06f);
     p = p * t + 3.3737778721842915e-05f;
     p = p * t - 0.0001612936466699466f;
@@ -257,7 +280,21 @@ INLINE Floats gelu_of(Floats x) {
     p = p * t - 0.4591982960700989f;
     p = p * t - 1.1511059999465942f;
     p = p * t - 1.0f;
-    return largest(Floats{}, x) - t * exp2_of(p);
+    return exp2_of(p);
+}
+
+// x Phi(x) = max(x, 0) - |x| Q(|x|), with the exact normal distribution; absolute error below 1e-7 max(1, |x|).
+INLINE Floats gelu_of(Floats x) {
+    const Floats t = magnitude_of(x);
+    return largest(Floats{}, x) - t * upper_tail_of(t);
+}
+
+// The same, and its derivative Phi(x) + x phi(x), phi(x) = exp(-x^2 / 2) / sqrt(2 pi).
+INLINE Floats gelu_of(Floats x, Floats* slope) {
+    const Floats t = magnitude_of(x), tail = upper_tail_of(t);
+    const Floats density = exp2_of(t * t * -0.72134752044448170f) * 0.39894228040143268f;
+    *slope = (x > 0.0f ? 1.0f - tail : tail) + x * density;
+    return largest(Floats{}, x) - t * tail;
 }
 
 }  // namespace tetra

@@ -268,6 +268,7 @@ def test_sizes_by_progress(make_student: Make) -> None:
         ({"sizes": ((0.0, 0),)}, r"'sizes' has \(0.0, 0\)"),
         ({"views": 0}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),
+        ({"attention_reduction": "sum"}, "'attention_reduction' is 'sum', expected one of elements, rows"),
     ],
 )
 def test_settings_that_can_not_be(changes: dict[str, Any], words: str) -> None:
@@ -278,8 +279,33 @@ def test_settings_that_can_not_be(changes: dict[str, Any], words: str) -> None:
 def test_a_cache_can_not_hold_attention(
     pictures: Path, tetra_teacher_file: Path, make_student: Make, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="'cache_teacher' can't hold attention maps; set attention_weight to 0"):
+    with pytest.raises(ConfigError, match="'cache_teacher' can't hold attention; set attention_weight to 0"):
         distill(make_student(), TetraTeacher(str(tetra_teacher_file)), settings(pictures, cache_teacher=True), tmp_path)
+
+
+def test_the_attention_loss_by_elements_and_by_rows(tetra_teacher_file: Path, make_student: Make) -> None:
+    """A mean over rows is as many times the mean over elements as there are tokens; the other losses stay."""
+    found = {}
+    for reduction in ("elements", "rows"):
+        config = DistillConfig(folders=("x",), attention_layers=2, attention_reduction=reduction, augment=STILL)  # type: ignore[arg-type]
+        module = DistillModule(make_student(dropout=0.0), TetraTeacher(str(tetra_teacher_file)), config, n_steps=10)
+        torch.manual_seed(0)
+        found[reduction] = module.loss({"images": torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)}, 0.5)
+        found[reduction]["loss"].backward()
+        gradient = module.model.backbone.blocks[0].attention.qkv.weight.grad
+        assert gradient is not None
+        assert torch.isfinite(gradient).all()
+    torch.testing.assert_close(found["rows"]["attention"], found["elements"]["attention"] * 17)
+    torch.testing.assert_close(found["rows"]["patch"], found["elements"]["patch"])
+
+
+def test_token_grids_that_differ_are_refused(tetra_teacher_file: Path, make_student: Make) -> None:
+    config = DistillConfig(folders=("x",), attention_layers=1, sizes=((0.0, 16),))
+    module = DistillModule(make_student(), TetraTeacher(str(tetra_teacher_file)), config, n_steps=10)
+    with pytest.raises(
+        TrainingError, match=r"are 2 x 5 for the student and 2 x 17 for the teacher; choose image sizes"
+    ):
+        module.loss({"images": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)}, 0.5)
 
 
 def test_missing_folders_are_named(make_student: Make, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from tetra.errors import TrainingError
 from tetra.kernels import pack_bits
 from tetra.training.losses import BinaryMultiSimilarityLoss, attention_loss, sign_descriptor, token_loss
-from tetra.training.teachers import mean_head_logits
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (2, 5, 16), (1, 1, 1)])
@@ -35,49 +34,47 @@ def kl_by_hand(student: list[Tensor], teacher: list[Tensor]) -> float:
     return sum(terms) / len(terms) * 4**2 * 50
 
 
+def queries_keys(layers: int, b: int, t: int, n_heads: int, head_dim: int) -> list[tuple[Tensor, Tensor]]:
+    """Of projections as the backbone makes them: views."""
+    projections = [(2 * torch.randn(b, t, 3, n_heads, head_dim)).permute(2, 0, 3, 1, 4) for _ in range(layers)]
+    return [(projection[0], projection[1]) for projection in projections]
+
+
+def mean_maps(layers: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Logits of every head, then their mean."""
+    return [
+        (torch.einsum("bhie,bhje->bhij", q.double(), k.double()) / math.sqrt(q.shape[-1])).mean(1) for q, k in layers
+    ]
+
+
 @pytest.mark.parametrize("layers", [1, 4])
 def test_attention_loss(layers: int) -> None:
-    student = [torch.randn(2, 5, 5) * 3 for _ in range(layers)]
-    teacher = [torch.randn(2, 5, 5) * 3 for _ in range(layers)]
-    assert attention_loss(student, teacher).item() == pytest.approx(kl_by_hand(student, teacher), rel=1e-4)
+    student, teacher = queries_keys(layers, 2, 5, 3, 4), queries_keys(layers, 2, 5, 2, 6)
+    wanted = kl_by_hand(mean_maps(student), mean_maps(teacher))
+    assert attention_loss(student, teacher).item() == pytest.approx(wanted, rel=1e-4)
+    assert attention_loss(student, teacher, "rows").item() == pytest.approx(5 * wanted, rel=1e-4)
     assert attention_loss(student, student).item() == pytest.approx(0.0, abs=1e-5)
-    # Softmax doesn't see a constant added to a row.
-    shifted = [s + torch.randn(2, 5, 1) for s in student]
-    assert attention_loss(shifted, teacher).item() == pytest.approx(kl_by_hand(student, teacher), rel=1e-4)
-
-
-def test_attention_loss_of_queries_and_keys_against_maps_per_head() -> None:
-    b, h, t, e = 2, 3, 7, 4
-    (q_s, k_s), (q_t, k_t) = ((torch.randn(b, h, t, e), torch.randn(b, h, t, e)) for _ in range(2))
-    maps = []
-    for q, k in ((q_s, k_s), (q_t, k_t)):
-        per_head = torch.einsum("bhie,bhje->bhij", q.double(), k.double()) / math.sqrt(e)
-        torch.testing.assert_close(mean_head_logits(q, k).double(), per_head.mean(1), rtol=1e-5, atol=1e-6)
-        maps.append([per_head.mean(1)])
-    found = attention_loss([mean_head_logits(q_s, k_s)], [mean_head_logits(q_t, k_t)])
-    assert found.item() == pytest.approx(kl_by_hand(*maps), rel=1e-4)
-
-
-def test_mean_head_logits_of_strided_projections() -> None:
-    packed = torch.randn(2, 6, 3, 4, 5).permute(2, 0, 3, 1, 4)  # as the backbone cuts them out of one product
-    q, k, _ = packed
-    expected = (q @ k.transpose(-1, -2) / math.sqrt(5)).mean(1)
-    torch.testing.assert_close(mean_head_logits(q, k), expected)
+    # Softmax doesn't see a constant added to a row, which is what moving all keys does.
+    shifted = [(q, k + torch.randn(2, 3, 1, 4)) for q, k in student]
+    assert attention_loss(shifted, teacher).item() == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("student", "teacher", "words"),
     [
-        ([(1, 5, 5)], [(1, 6, 6)], r"\(1, 5, 5\).*same number of patches"),
-        ([(1, 5, 5)] * 3, [(1, 5, 5)] * 2, r"3 student layers and 2 teacher layers; lower 'attention_layers' to 2"),
-        ([(1, 5, 5)], [], "lower 'attention_layers' to 0"),
+        ([(1, 5)], [(1, 6)], r"1 x 5 for the student and 1 x 6 for the teacher.*same number of patches"),
+        ([(2, 5)], [(1, 5)], r"2 x 5 for the student and 1 x 5 for the teacher.*same number of patches"),
+        ([(1, 5)] * 3, [(1, 5)] * 2, "3 student layers and 2 teacher layers; set 'attention_layers' to at most 2"),
+        ([(1, 5)], [], "1 student layers and 0 teacher layers; set 'attention_layers' to at most 0"),
+        ([], [], "0 student layers and 0 teacher layers"),
     ],
 )
-def test_maps_that_do_not_fit_are_refused(
-    student: list[tuple[int, ...]], teacher: list[tuple[int, ...]], words: str
+def test_attention_that_does_not_fit_is_refused(
+    student: list[tuple[int, int]], teacher: list[tuple[int, int]], words: str
 ) -> None:
+    sides = [[queries_keys(1, b, t, 2, 4)[0] for b, t in side] for side in (student, teacher)]
     with pytest.raises(TrainingError, match=f"attention loss: .*{words}"):
-        attention_loss([torch.zeros(s) for s in student], [torch.zeros(t) for t in teacher])
+        attention_loss(*sides)
 
 
 def test_sign_descriptor_and_its_gradient() -> None:

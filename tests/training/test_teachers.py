@@ -84,7 +84,7 @@ def test_tokens_are_the_last_hidden_state(kind: str, size: tuple[int, int], save
     rows, columns = size[0] // 8, size[1] // 8
     assert out.cls.shape == (2, 24)
     assert out.patches.shape == (2, rows, columns, 24)
-    assert out.attention_logits == []
+    assert out.queries_keys == []
     torch.testing.assert_close(out.cls, tokens[:, 0], rtol=1e-4, atol=1e-5)
     patches = tokens[:, 1 + KINDS[kind] :]  # registers lie between CLS and the patches
     torch.testing.assert_close(out.patches.flatten(1, 2), patches, rtol=1e-4, atol=1e-5)
@@ -96,7 +96,7 @@ def test_tokens_are_the_last_hidden_state(kind: str, size: tuple[int, int], save
 def test_attention_logits_are_those_of_the_softmax(kind: str, n: int, saved: dict[str, Path]) -> None:
     """The network's own attention, recorded at its softmax, head by head."""
     images = torch.rand(2, 3, 32, 32)
-    logits = TransformersTeacher(str(saved[kind]))(images, n_attention=n).attention_logits
+    queries_keys = TransformersTeacher(str(saved[kind]))(images, n_attention=n).queries_keys
     network = eager(saved[kind])
     softmax_inputs: list[Tensor] = []
     original = F.softmax
@@ -111,10 +111,12 @@ def test_attention_logits_are_those_of_the_softmax(kind: str, n: int, saved: dic
     assert len(softmax_inputs) == 3
     registers = KINDS[kind]
     keep = [0, *range(1 + registers, 17 + registers)]
-    assert len(logits) == n
-    for found, heads in zip(logits, softmax_inputs[-n:], strict=True):
+    assert len(queries_keys) == n
+    for (q, k), heads in zip(queries_keys, softmax_inputs[-n:], strict=True):
         assert heads.shape == (2, 3, 17 + registers, 17 + registers)
-        torch.testing.assert_close(found, heads.mean(1)[:, keep][:, :, keep], rtol=1e-4, atol=1e-4)
+        assert q.shape == k.shape == (2, 3, 17, 8)
+        found = q @ k.transpose(-1, -2) / math.sqrt(8)
+        torch.testing.assert_close(found, heads[:, :, keep][:, :, :, keep], rtol=1e-4, atol=1e-4)
 
 
 def test_a_teacher_is_frozen(saved: dict[str, Path]) -> None:
@@ -244,8 +246,9 @@ def test_a_tetra_backbone_teaches(tetra_teacher_file: Path) -> None:
     features = model.features(images, collect_last=2)
     assert torch.equal(out.cls, features.tokens[:, 0])
     assert torch.equal(out.patches.flatten(1, 2), features.tokens[:, 1:])
-    for found, (q, k) in zip(out.attention_logits, features.queries_keys, strict=True):
-        torch.testing.assert_close(found, (q @ k.transpose(-1, -2) / math.sqrt(16)).mean(1))
+    for found, wanted in zip(out.queries_keys, features.queries_keys, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert len(out.queries_keys) == 2
     assert teacher.identity == model.content_hash
 
 

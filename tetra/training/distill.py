@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tetra.config import check_range
 from tetra.errors import ConfigError
+from tetra.kernels.attention_distillation import REDUCTIONS, Reduction
 from tetra.layers import set_lambda
 from tetra.model import TetraModel
 from tetra.quantization import LambdaSchedule, lambda_at
@@ -23,7 +24,7 @@ from tetra.training.data import CachedViews, ViewDataset, find_images
 from tetra.training.loop import LoopConfig, StageModule, run_stage
 from tetra.training.losses import attention_loss, token_loss
 from tetra.training.schedules import warmup_cosine
-from tetra.training.teachers import Teacher, TeacherOutput, mean_head_logits, resample_tokens
+from tetra.training.teachers import Teacher, TeacherOutput, resample_tokens
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class DistillConfig:
             step runs the teacher, and every epoch sees the same views. Not with an attention loss.
         sizes: (progress, side) pairs: from this share of the stage on, the student sees square images
             of this side. Empty: its own image size throughout.
+        attention_reduction: "elements", or "rows" for an attention loss that does not fall with the number of tokens
+            (:func:`tetra.training.losses.attention_loss`); ``attention_weight`` wants to be chosen anew then.
         epochs: passes over all views; ``max_steps`` optimiser steps count instead if positive.
     """
 
@@ -58,6 +61,7 @@ class DistillConfig:
     patch_weight: float = 0.3
     attention_weight: float = 0.05
     attention_layers: int = 4
+    attention_reduction: Reduction = "elements"
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(accumulate=2))
 
@@ -73,6 +77,9 @@ class DistillConfig:
         check_range("distill", self, "min_scale warmup_fraction", 0, 1)
         check_range("distill", self, "epochs max_steps lr weight_decay attention_layers", 0)
         check_range("distill", self, "cls_weight patch_weight attention_weight", 0)
+        if self.attention_reduction not in REDUCTIONS:
+            found, known = self.attention_reduction, ", ".join(REDUCTIONS)
+            raise ConfigError(f"distill: 'attention_reduction' is {found!r}, expected one of {known}")
         if not (self.epochs or self.max_steps):
             raise ConfigError("distill: 'epochs' is 0, expected a positive number unless 'max_steps' is given")
 
@@ -151,8 +158,8 @@ class DistillModule(StageModule):
         }
         total = self.config.cls_weight * losses["cls"] + self.config.patch_weight * losses["patch"]
         if self.n_attention:
-            logits = [mean_head_logits(q, k) for q, k in features.queries_keys]
-            losses["attention"] = attention_loss(logits, targets.attention_logits)
+            reduction = self.config.attention_reduction
+            losses["attention"] = attention_loss(features.queries_keys, targets.queries_keys, reduction)
             total = total + self.config.attention_weight * losses["attention"]
         return {"loss": total, **losses, "lambda": torch.tensor(lam)}
 
@@ -185,7 +192,7 @@ def distill(
     """
     if config.cache_teacher and config.attention_weight and teacher.gives_attention:
         raise ConfigError(
-            "distill: 'cache_teacher' can't hold attention maps; set attention_weight to 0 or cache_teacher to false"
+            "distill: 'cache_teacher' can't hold attention; set attention_weight to 0 or cache_teacher to false"
         )
     paths = find_images([base_dir / f for f in config.folders], [base_dir / f for f in config.exclude])
     height, width = model.image_size

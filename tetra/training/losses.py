@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from tetra import kernels
 from tetra.errors import TrainingError
+from tetra.kernels.attention_distillation import Reduction
+
+QueriesKeys = tuple[Tensor, Tensor]
 
 TOKEN_SCALE = 100.0
 ATTENTION_SCALE = 50.0
@@ -14,38 +19,44 @@ TEMPERATURE = 4.0
 
 
 def token_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """100 x mean squared error between L2-normalised tokens, [..., C] each -> scalar."""
-    return TOKEN_SCALE * F.mse_loss(F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1))
+    """100 x mean squared error between L2-normalised tokens, [..., C] each -> scalar; no gradient for the teacher."""
+    return TOKEN_SCALE * kernels.token_loss(student, teacher)
 
 
-def attention_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """KL(teacher || student) of head-averaged attention logits, temperature 4.
+def attention_loss(
+    student: Sequence[QueriesKeys],
+    teacher: Sequence[QueriesKeys],
+    reduction: Reduction = "elements",
+) -> Tensor:
+    """KL(teacher || student) of head-averaged attention logits, temperature 4; no gradient for the teacher.
 
-    Mean over all elements of all layers, times 4^2 x 50.
+    Mean over all elements, or all rows, of all layers, times 4^2 x 50.
 
     Args:
-        student, teacher: per layer, logits [B, T, T].
+        student, teacher: per layer, queries and keys, [B, H, T, E] each; numbers and widths of heads may differ.
+        reduction: "elements", as in TeTRA-VPR, or "rows", which is T times as much: a row of T probabilities has
+            one divergence, so that its weight does not fall with the size of the images.
 
     Raises:
-        TrainingError: the number of layers or the token counts differ.
+        TrainingError: the number of layers, images or tokens differ.
     """
-    if len(student) != len(teacher):
+    if len(student) != len(teacher) or not student:
         raise TrainingError(
-            f"attention loss: maps of {len(student)} student layers and {len(teacher)} teacher layers; lower "
-            f"'attention_layers' to {min(len(student), len(teacher))}"
+            f"attention loss: {len(student)} student layers and {len(teacher)} teacher layers; set 'attention_layers' "
+            f"to at most {min(len(student), len(teacher))}"
         )
-    if any(s.shape != t.shape for s, t in zip(student, teacher, strict=True)):
-        shapes = [[tuple(x.shape) for x in side] for side in (student, teacher)]
+    sizes = [[(q.shape[0], q.shape[2]) for q, _ in side] for side in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        names = [", ".join(f"{b} x {t}" for b, t in side) for side in sizes]
         raise TrainingError(
-            f"attention loss: student maps {shapes[0]} against teacher maps {shapes[1]}; choose image sizes "
-            "that give both the same number of patches"
+            f"attention loss: images x tokens of each layer are {names[0]} for the student and {names[1]} for the "
+            "teacher; choose image sizes that give both the same number of patches"
         )
-    total = student[0].new_zeros(()).float()
-    for s, t in zip(student, teacher, strict=True):
-        log_s = F.log_softmax(s.float() / TEMPERATURE, dim=-1)
-        log_t = F.log_softmax(t.float() / TEMPERATURE, dim=-1)
-        total = total + F.kl_div(log_s, log_t, reduction="none", log_target=True).mean()
-    return total / len(student) * TEMPERATURE**2 * ATTENTION_SCALE
+    losses = [
+        kernels.attention_distillation(*s, *t, temperature=TEMPERATURE, reduction=reduction)
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(losses).mean() * (TEMPERATURE**2 * ATTENTION_SCALE)
 
 
 class _StraightThroughSign(torch.autograd.Function):

@@ -1,15 +1,14 @@
 """Teachers: full-precision networks that give tokens to imitate, behind one small interface.
 
 A teacher takes images as the student does (float in [0, 1], RGB) and returns a :class:`TeacherOutput`. Vision
-transformers that ``transformers`` loads give tokens and attention logits; convolutional networks give the
-tokens of a feature map and no attention.
+transformers that ``transformers`` loads give tokens, queries and keys; convolutional networks give the tokens of a
+feature map and no attention.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,13 +32,13 @@ class TeacherOutput:
     Attributes:
         cls: float [B, C_cls].
         patches: float [B, rows, columns, C_patch].
-        attention_logits: for each of the last blocks asked for, QK^T / sqrt(head dim) averaged over the heads,
-            float [B, 1 + T, 1 + T] with CLS first; empty for a convolutional teacher.
+        queries_keys: for the last blocks asked for, (queries, keys), float [B, H, 1 + T, E] each with CLS first;
+            empty for a convolutional teacher.
     """
 
     cls: Tensor
     patches: Tensor
-    attention_logits: list[Tensor] = field(default_factory=list)
+    queries_keys: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class Teacher(nn.Module):
@@ -47,7 +46,7 @@ class Teacher(nn.Module):
 
     Attributes:
         cls_dim, patch_dim: widths of the tokens.
-        gives_attention: whether attention logits are available.
+        gives_attention: whether queries and keys are available.
         identity: changes whenever the outputs would, for keying caches.
     """
 
@@ -77,18 +76,6 @@ def resample_tokens(patches: Tensor, grid: tuple[int, int]) -> Tensor:
         moved = F.interpolate(moved, size=grid, mode="bilinear", antialias=True, align_corners=False)
         patches = moved.permute(0, 2, 3, 1).to(patches.dtype)
     return patches.flatten(1, 2)
-
-
-def mean_head_logits(queries: Tensor, keys: Tensor) -> Tensor:
-    """Attention logits averaged over heads: [B, H, T, E] twice -> [B, T, T].
-
-    The mean over heads of q_h k_h^T / sqrt(E) is Q K^T / (H sqrt(E)) with the heads side by side, so no tensor
-    of a map per head is needed.
-    """
-    b, h, t, e = queries.shape
-    q = queries.transpose(1, 2).reshape(b, t, h * e)
-    k = keys.transpose(1, 2).reshape(b, t, h * e)
-    return q @ k.transpose(1, 2) / (h * math.sqrt(e))
 
 
 def _digest(module: nn.Module, *facts: object) -> str:
@@ -177,7 +164,7 @@ class TransformersTeacher(_Normalized):
 
     def forward(self, images: Tensor, n_attention: int = 0) -> TeacherOutput:
         """See :class:`Teacher`; image sides must be multiples of the teacher's patch size."""
-        b, _, height, width = images.shape
+        height, width = images.shape[-2:]
         p = self.patch_size
         if height % p or width % p:
             raise TrainingError(
@@ -200,12 +187,10 @@ class TransformersTeacher(_Normalized):
         n_registers = tokens.shape[1] - 1 - grid[0] * grid[1]
         if n_registers < 0:
             raise TrainingError("this teacher has no CLS token to imitate; choose one of the DINOv2 family")
-        logits = []
-        for q, k in zip(found[0::2], found[1::2], strict=True):
-            q, k = (t.reshape(b, t.shape[1], self.n_heads, -1).transpose(1, 2) for t in (q, k))
-            logits.append(without_registers(without_registers(mean_head_logits(q, k), 1, n_registers), 2, n_registers))
+        heads = [without_registers(t, 1, n_registers).unflatten(2, (self.n_heads, -1)).transpose(1, 2) for t in found]
+        queries_keys = list(zip(heads[0::2], heads[1::2], strict=True))
         tokens = without_registers(tokens, 1, n_registers)
-        return TeacherOutput(tokens[:, 0], tokens[:, 1:].unflatten(1, grid), logits)
+        return TeacherOutput(tokens[:, 0], tokens[:, 1:].unflatten(1, grid), queries_keys)
 
 
 def without_registers(x: Tensor, dim: int, n_registers: int) -> Tensor:
@@ -378,8 +363,7 @@ class TetraTeacher(Teacher):
     def forward(self, images: Tensor, n_attention: int = 0) -> TeacherOutput:
         """See :class:`Teacher`."""
         features = self.network.features(images, collect_last=n_attention)
-        logits = [mean_head_logits(q, k) for q, k in features.queries_keys]
-        return TeacherOutput(features.cls, features.patches.unflatten(1, features.grid), logits)
+        return TeacherOutput(features.cls, features.patches.unflatten(1, features.grid), features.queries_keys)
 
 
 def create_teacher(config: TeacherConfig, base_dir: Path | None = None) -> Teacher:

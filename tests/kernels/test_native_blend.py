@@ -1,0 +1,230 @@
+"""The C++ kernels of the blended linear layer against its formula in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tetra.kernels import native
+from tetra.kernels.row_quantize import quantize_rows_reference
+
+Norm = tuple[Tensor, Tensor, float]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SHAPES = [(0, 9), (1, 1), (1, 2), (7, 101), (9, 256), (131, 64), (3, 3072)]
+
+
+def runs_here(isa: str) -> bool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(native.ISA_VARIABLE, isa)
+        try:
+            native.instruction_set()
+        except ValueError:
+            return False
+    return True
+
+
+@pytest.fixture(scope="module", params=[isa for isa in native._INSTRUCTION_SETS if runs_here(isa)])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The rest of the test runs on one instruction set of this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(native.ISA_VARIABLE, request.param)
+        native.reset()
+        if not native.available():
+            pytest.skip("the C++ kernels can't be built here")
+        yield request.param
+    native.reset()
+
+
+def supported(dtype: torch.dtype) -> None:
+    if not native.supports("blend_rows", dtype):
+        assert dtype == torch.float16  # the one format that a plain machine need not have
+        pytest.skip("this instruction set has no float16")
+
+
+def kept(m: int, k: int, dropout: float, seed: int) -> Tensor:
+    """Which values the hash keeps, by its definition, in numpy."""
+
+    def mix(x: np.ndarray) -> np.ndarray:
+        x = ((x ^ (x >> 16)) * np.uint64(0x7FEB352D)) & np.uint64(0xFFFFFFFF)
+        x = ((x ^ (x >> 15)) * np.uint64(0x846CA68B)) & np.uint64(0xFFFFFFFF)
+        return x ^ (x >> np.uint64(16))
+
+    state = np.full((m, k), 0x9E3779B9, dtype=np.uint64)
+    rows, columns = np.indices((m, k), dtype=np.uint64)
+    for word in (np.uint64(seed & 0xFFFFFFFF), np.uint64((seed >> 32) & 0xFFFFFFFF), rows, columns):
+        state = mix(state ^ word)
+    return torch.from_numpy(state.astype(np.int64) >= round(dropout * 2**32))
+
+
+def operand(x: Tensor, norm: Norm | None, gelu: bool, dropout: float, seed: int) -> Tensor:
+    """What is quantised: LayerNorm(dropout(gelu(x)))."""
+    v = 0.5 * x * torch.special.erfc(-x / 2**0.5) if gelu else x
+    if dropout:
+        v = v * kept(*x.shape, dropout, seed) / (1.0 - dropout)
+    if norm is None:
+        return v
+    return F.layer_norm(v, v.shape[1:], norm[0].double(), norm[1].double(), norm[2])
+
+
+def norm_of(k: int, dtype: torch.dtype) -> Norm:
+    return torch.randn(k), torch.randn(k).to(dtype), 1e-5
+
+
+# --- rows --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_rows_are_the_formula(isa: str, dtype: torch.dtype, with_norm: bool, gelu: bool, dropout: float) -> None:
+    supported(dtype)
+    for m, k in SHAPES:
+        x, norm = (torch.randn(m, k) * 3 + 1).to(dtype), norm_of(k, dtype) if with_norm else None
+        v = operand(x.double(), norm, gelu, dropout, 5)
+        step = v.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127
+        codes = (v / step).round()
+        border = ((v / step - codes).abs() > 0.498).double()  # where float32 may round the other way
+        for lam in (0.0, 0.3, 1.0):
+            for out_dtype in (dtype, torch.float32, torch.float16):
+                y = native.blend_rows(x, lam, norm, gelu, dropout, 5, out_dtype)
+                expected = v + lam * (codes * step - v)
+                assert y.dtype == out_dtype
+                assert y.shape == x.shape
+                bound = 1.1 * EPS[out_dtype] * expected.abs() + 1.01 * lam * border * step + 2.5e-4 * step + 1e-6
+                assert bool(((y.double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantised_rows_are_those_of_inference(isa: str, dtype: torch.dtype) -> None:
+    supported(dtype)
+    for m, k in SHAPES:
+        whole = (torch.randn(m, k + 3) * torch.logspace(-6, 3, m)[:, None]).to(dtype)
+        for x in (whole[:, :k].contiguous(), whole.flatten()[3 : 3 + m * k].view(m, k)):
+            codes, scale = quantize_rows_reference(x)
+            y = native.blend_rows(x, 1.0, None, False, 0.0, 0, torch.float32)
+            assert torch.equal(y, codes * scale[:, None])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_of_rows(isa: str, dtype: torch.dtype, with_norm: bool, gelu: bool, dropout: float) -> None:
+    supported(dtype)
+    for m, k in SHAPES:
+        x, norm = (torch.randn(m, k) * 2 + 0.5).to(dtype), norm_of(k, dtype) if with_norm else None
+        for grad_dtype in (dtype, torch.float32, torch.float16):
+            grad = torch.randn(m, k).to(grad_dtype)
+            found = native.blend_rows_backward(grad, x, norm, gelu, dropout, 2**40 + 7)
+            leaves = [x.double().requires_grad_()]
+            exact = None
+            if norm is not None:
+                leaves += [norm[0].double().requires_grad_(), norm[1].double().requires_grad_()]
+                exact = (leaves[1], leaves[2], norm[2])
+            v = operand(leaves[0], exact, gelu, dropout, 2**40 + 7)
+            expected = torch.autograd.grad(v, leaves, grad.double())
+            assert [t.dtype for t in found] == [dtype, torch.float32, torch.float32]
+            assert found[1].shape == found[2].shape == ((k,) if with_norm else (0,))
+            for i, (a, b) in enumerate(zip(found, expected, strict=False)):
+                assert a.shape == b.shape
+                tolerance = 1e-5 + EPS[dtype] * (i == 0)
+                # With one or two columns LayerNorm's gradient cancels to next to nothing.
+                size = b.norm() + grad.double().norm() * (k <= 2)
+                assert float((a.double() - b).norm()) <= tolerance * float(size), (m, k, i)
+
+
+def test_slope_of_gelu(isa: str) -> None:
+    x = torch.cat([torch.linspace(-14, 14, 20001), torch.logspace(-30, 10, 41), -torch.logspace(-30, 10, 41)])
+    leaf = x.double().requires_grad_()
+    (expected,) = torch.autograd.grad((0.5 * leaf * torch.special.erfc(-leaf / 2**0.5)).sum(), leaf)
+    found, _, _ = native.blend_rows_backward(torch.ones(1, len(x)), x[None], None, True, 0.0, 0)
+    assert float((found[0].double() - expected).abs().max()) <= 5e-7
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32, 2**63 - 1, -1])
+@pytest.mark.parametrize("dropout", [1e-9, 0.05, 0.5, 0.999])
+def test_the_hash_keeps_the_same_values_everywhere(isa: str, seed: int, dropout: float) -> None:
+    m, k = 33, 77
+    expected = kept(m, k, dropout, seed) / (1.0 - dropout)
+    for given in (seed, torch.tensor(seed)):
+        y = native.blend_rows(torch.ones(m, k), 0.0, None, False, dropout, given, torch.float32)
+        assert torch.allclose(y, expected.float(), rtol=1e-6, atol=0)
+        grad, _, _ = native.blend_rows_backward(torch.ones(m, k), torch.ones(m, k), None, False, dropout, given)
+        assert torch.equal(grad, y)
+
+
+def test_nan_stays_in_its_row(isa: str) -> None:
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(3, 159)
+        x[1, 77] = bad
+        for norm in (None, norm_of(159, torch.float32)):
+            y = native.blend_rows(x, 0.5, norm, False, 0.0, 0, torch.float32)
+            assert y.isfinite().all(-1).tolist() == [True, False, True]
+            assert not y[1].isfinite().any()
+
+
+# --- weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 127), (64, 128), (91, 97), (400, 129)])
+def test_weights_are_the_formula(isa: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    supported(dtype)
+    w = (torch.randn(shape) * 0.02).to(dtype)
+    exact = w.double()
+    scale = max(float(exact.abs().mean()), 1e-5)
+    codes = (exact / scale).round().clamp(-1, 1)
+    border = ((exact / scale).abs() - 0.5).abs() < 1e-5
+    for lam in (0.0, 0.3, 1.0):
+        for out_dtype in (dtype, torch.float32, torch.float16):
+            expected = exact + lam * (codes * scale - exact)
+            found = native.blend_weight(w, lam, out_dtype)
+            assert found.dtype == out_dtype
+            error = (found.double() - expected).abs()
+            assert bool((border | (error <= 1.1 * EPS[out_dtype] * expected.abs() + 1e-7 * scale + 2.0**-25)).all())
+
+
+def test_weights_at_the_ends(isa: str) -> None:
+    w = torch.randn(40, 50)
+    assert torch.equal(native.blend_weight(w, 0.0, torch.float32), w)
+    assert len(native.blend_weight(w, 1.0, torch.float32).unique()) == 3
+    assert torch.equal(native.blend_weight(w.T, 0.0, torch.float32), w.T)
+    assert not native.blend_weight(torch.zeros(9, 9), 0.7, torch.float32).any()
+    w[3, 4] = float("nan")
+    assert not native.blend_weight(w, 0.7, torch.float32).isfinite().any()
+
+
+# --- threads -----------------------------------------------------------------------------------------------
+
+
+def everything() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(701, 256, generator=generator).to(torch.bfloat16)
+    grad = torch.randn(701, 256, generator=generator)
+    norm = (torch.randn(256, generator=generator), torch.randn(256, generator=generator), 1e-5)
+    weight = torch.randn(257, 300, generator=generator)
+    return [
+        native.blend_rows(x, 0.5, norm, True, 0.1, 3, torch.bfloat16),
+        *native.blend_rows_backward(grad, x, norm, True, 0.1, 3),
+        native.blend_weight(weight, 0.5, torch.bfloat16),
+    ]
+
+
+def test_results_do_not_depend_on_threads(isa: str) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = everything()
+        for n in (2, 5):
+            torch.set_num_threads(n)
+            assert all(torch.equal(a, b) for a, b in zip(alone, everything(), strict=True))
+    finally:
+        torch.set_num_threads(before)
