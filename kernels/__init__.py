@@ -13,7 +13,9 @@ from tetra.kernels.blended_linear import blended_linear
 from tetra.kernels.hamming_search import hamming_search
 from tetra.kernels.layer_norm import layer_norm
 from tetra.kernels.patches import patch_rows
+from tetra.kernels.residual_dropout import residual_dropout
 from tetra.kernels.row_quantize import norm_quantize, quantize_rows
+from tetra.kernels.sign_similarity import sign_similarity
 from tetra.kernels.ternary_matmul import (
     check_packed,
     pack_ternary,
@@ -43,6 +45,8 @@ __all__ = [
     "patch_rows",
     "quantize_rows",
     "query_scale",
+    "residual_dropout",
+    "sign_similarity",
     "ternary_linear",
     "ternary_linear_float",
     "ternary_linear_int8",

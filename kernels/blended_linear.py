@@ -9,6 +9,8 @@ Contract
     y   = v + lam (Q(v) - v)     Q(v) = clip(round(v a), -128, 127) / a,  a = 127 / max(max |v|, 1e-5), per row
     w   = W + lam (Q(W) - W)     Q(W) = clip(round(W / s), -1, 1) s,      s = max(mean |W|, 1e-5)
     out = y w^T + bias           rounding is half to even
+    With a ``branch`` = (z, dropout, seed) the layer's input is x + dropout(z), the end of the residual branch before it
+    (``tetra.kernels.residual_dropout``), and comes back beside the result.
 
     Gradients are straight-through: dL/dv = dL/dout w and dL/dW = (dL/dout)^T y, as if Q were the identity; then those
     of LayerNorm, dropout and GELU as they are.
@@ -19,7 +21,9 @@ Contract
     blend_weight(W, lam, out_dtype) -> w
 
 Memory
-    Kept for the backward pass: x and the parameters, which exist anyway, and the seed. y and w are made again.
+    Kept for the backward pass: x and the parameters, which exist anyway, and the seed. y and w are made again. With a
+    branch that is narrower than the sum (bfloat16 beside a float32 stream), x and z instead of the sum: where a layer
+    before has kept x, that is z alone.
 
 Numerics
     Everything but the products is float32 (float64 for float64 inputs). y and w are rounded once, to the compute dtype:
@@ -43,7 +47,7 @@ Source: TeTRA (arXiv 2503.02511), quantisation-aware training with a blend; the 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -54,15 +58,16 @@ from tetra.kernels import native
 from tetra.kernels.backend import backend_for, on_device_of, tl, triton
 from tetra.kernels.dropout import (
     check_dropout,
-    hash_seed,
-    hash_words,
-    keep_scale,
-    mix_in_registers,
-    seed_words,
+    dropout_constants,
+    dropout_factor,
+    dropped_scale,
+    hash_row,
+    seed_of,
     threshold,
 )
 from tetra.kernels.gelu import gelu_with_slope
 from tetra.kernels.interpreted import cast
+from tetra.kernels.residual_dropout import add_dropped, check_branch
 from tetra.kernels.row_quantize import (
     LEVELS,
     NORM_DTYPES,
@@ -79,18 +84,14 @@ from tetra.kernels.ternary_matmul import pack_ternary_unchecked, ternary_linear_
 Norm = tuple[Tensor, Tensor, float]
 """Weight [K] and bias [K] of a LayerNorm, of any floating dtype, and eps."""
 
+Branch = tuple[Tensor, float, "int | Tensor"]
+"""A residual branch [..., K], what share of it is dropped, and the seed of that."""
+
 SMALLEST_MEAN = 1e-5
 DTYPES = (*NORM_DTYPES, torch.float64)
 
 
 # --- reference ---------------------------------------------------------------------------------------------
-
-
-def dropped_scale(seed: Tensor, dropout: float, first: int, m: int, k: int) -> Tensor:
-    """What dropout multiplies by: 0 or 1 / (1 - dropout), float64 [m, k] from row ``first`` on."""
-    rows = torch.arange(first, first + m, device=seed.device).unsqueeze(1)
-    words = hash_words(*seed_words(seed), rows, torch.arange(k, device=seed.device))
-    return (words >= threshold(dropout)).to(torch.float64) * keep_scale(dropout)
 
 
 def quantized_rows(v: Tensor) -> Tensor:
@@ -242,17 +243,6 @@ def cost(
 
 
 @triton.jit
-def _hash_row(seed_ptr, row):
-    """Hash of seed and row, to which the column is still to come."""
-    return mix_in_registers(hash_seed(tl.load(seed_ptr)) ^ row.to(tl.uint32))
-
-
-@triton.jit
-def _dropout_factor(row_hash, columns, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr):
-    return tl.where(mix_in_registers(row_hash ^ columns.to(tl.uint32)) >= THRESHOLD, KEEP_SCALE, 0.0)
-
-
-@triton.jit
 def _round(x):
     """Half to even, for |x| <= 2^22."""
     return (x + 12582912.0) - 12582912.0
@@ -278,10 +268,10 @@ def _blend_rows_kernel(
     columns = tl.arange(0, CHUNK)
     parts = load_row(x_ptr + row * K, None, None, K, CHUNK, GELU)
     if THRESHOLD:
-        row_hash = _hash_row(seed_ptr, row)
+        row_hash = hash_row(seed_ptr, row)
         kept = ()
         for i in tl.static_range(len(parts)):
-            factor = _dropout_factor(row_hash, i * CHUNK + columns, THRESHOLD, KEEP_SCALE)
+            factor = dropout_factor(row_hash, i * CHUNK + columns, THRESHOLD, KEEP_SCALE)
             kept = kept + (parts[i] * factor,)  # type: ignore[assignment]  # noqa: RUF005
         parts = kept
     if weight_ptr is not None:
@@ -336,7 +326,7 @@ def _blend_rows_backward_kernel(
             if GELU:
                 part, slope = gelu_with_slope(part)
             if THRESHOLD:
-                factor = _dropout_factor(_hash_row(seed_ptr, row), i * CHUNK + columns, THRESHOLD, KEEP_SCALE)
+                factor = dropout_factor(hash_row(seed_ptr, row), i * CHUNK + columns, THRESHOLD, KEEP_SCALE)
                 part *= factor
                 slope *= factor
             parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
@@ -409,10 +399,6 @@ def _blend_weight_kernel(
     tl.store(out_ptr + places, cast(blended, out_ptr.dtype.element_ty), mask=places < n)
 
 
-def _dropout_constants(dropout: float) -> dict[str, Any]:
-    return {"THRESHOLD": threshold(dropout), "KEEP_SCALE": keep_scale(dropout)}
-
-
 def _config(k: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:
     """For rows of ``k`` values of ``dtype``; the default is the backward pass's, whatever its dtypes."""
     config = row_config(k, dtype)
@@ -446,7 +432,7 @@ def _launch_blend_rows(
                 K=k,
                 GELU=gelu,
                 BLEND=lam > 0.0,
-                **_dropout_constants(dropout),
+                **dropout_constants(dropout),
                 **_config(k, x.dtype),
             )
     return y
@@ -481,7 +467,7 @@ def _launch_blend_rows_backward(
                 eps,
                 K=k,
                 GELU=gelu,
-                **_dropout_constants(dropout),
+                **dropout_constants(dropout),
                 **_config(k),
             )
     return grad_x, sums.sum(0)
@@ -529,7 +515,7 @@ def _rows_specimen(
     config = _config(k) if backward else _config(k, TRITON_DTYPES[dtype])
     shown: dict[str, Any] = {"part": "rows_backward" if backward else "rows", "K": k, "dtype": dtype, "out": out}
     shown |= {"norm": norm, "gelu": gelu, "dropout": dropout, "blend": blend, **config}
-    constants: dict[str, Any] = {"K": k, "GELU": gelu, "CHUNK": config.pop("CHUNK"), **_dropout_constants(dropout)}
+    constants: dict[str, Any] = {"K": k, "GELU": gelu, "CHUNK": config.pop("CHUNK"), **dropout_constants(dropout)}
     parameter = "*fp32" if norm else None
     arguments = {"x_ptr": f"*{dtype}", "seed_ptr": "*i64" if dropout else None, "weight_ptr": parameter, "eps": "fp32"}
     if backward:
@@ -684,6 +670,7 @@ class _Settings(NamedTuple):
     eps: float
     gelu: bool
     dropout: float
+    branch_dropout: float
     dtype: torch.dtype  # of the products
     out_dtype: torch.dtype
 
@@ -693,17 +680,27 @@ class _BlendedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        branch: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
         seed: Tensor | None,
+        branch_seed: Tensor | None,
         settings: _Settings,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, norm_weight, norm_bias, seed)
+    ) -> tuple[Tensor, Tensor | None]:
+        lam, eps, gelu, dropout, branch_dropout, dtype, out_dtype = settings
+        ctx.set_materialize_grads(False)
         ctx.settings, ctx.bias_dtype = settings, None if bias is None else bias.dtype
-        lam, eps, gelu, dropout, dtype, out_dtype = settings
+        ctx.dtypes = x.dtype, None if branch is None else branch.dtype
+        total = None
+        if branch is not None:
+            total = _total(x, branch, branch_dropout, branch_seed)
+            if total.element_size() <= branch.element_size():  # then its parts take no less
+                x, branch = total, None
+        ctx.save_for_backward(x, branch, weight, norm_weight, norm_bias, seed, branch_seed)
         norm = _norm_of(norm_weight, norm_bias, eps)
+        x = x if total is None else total
         rows = x.reshape(-1, x.shape[-1])
         if lam == 1.0 and {x.dtype, dtype, out_dtype} <= set(NORM_DTYPES):
             out = _infer(rows, weight, bias, norm, gelu, dropout, seed, out_dtype)
@@ -711,30 +708,44 @@ class _BlendedLinear(torch.autograd.Function):
             y = blend_rows(rows, lam, norm, gelu, dropout, seed, dtype)
             w = blend_weight(weight, lam, dtype)
             out = F.linear(y, w, None if bias is None else bias.to(dtype)).to(out_dtype)
-        return out.view(*x.shape[:-1], len(weight))
+        return out.view(*x.shape[:-1], len(weight)), total
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, norm_weight, norm_bias, seed = ctx.saved_tensors
-        lam, eps, gelu, dropout, dtype, _ = ctx.settings
-        needs = ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, branch, weight, norm_weight, norm_bias, seed, branch_seed = ctx.saved_tensors
+        lam, eps, gelu, dropout, branch_dropout, dtype, _ = ctx.settings
+        needs, (x_dtype, branch_dtype) = ctx.needs_input_grad, ctx.dtypes
         norm = _norm_of(norm_weight, norm_bias, eps)
-        rows = x.reshape(-1, x.shape[-1])
-        grad = grad.reshape(len(rows), len(weight)).to(dtype)
-        found: list[Tensor | None] = [None] * 7
-        if needs[0] or needs[3] or needs[4]:
-            grad_rows = grad @ blend_weight(weight, lam, dtype)
-            grad_x, *grad_norm = blend_rows_backward(grad_rows, rows, norm, gelu, dropout, seed)
-            found[0] = grad_x.view(x.shape)
-            if norm is not None:
-                found[3], found[4] = (g.to(p.dtype) for g, p in zip(grad_norm, norm[:2], strict=True))
-        if needs[1]:
-            y = blend_rows(rows, lam, norm, gelu, dropout, seed, dtype)
-            found[1] = (grad.T @ y).to(weight.dtype)
-        if needs[2]:
-            found[2] = grad.sum(0).to(ctx.bias_dtype)
+        found: list[Tensor | None] = [None] * 9
+        grad_x = grad_total
+        if grad is not None:
+            total = x if branch is None else _total(x, branch, branch_dropout, branch_seed)
+            rows = total.reshape(-1, x.shape[-1])
+            grad = grad.reshape(len(rows), len(weight)).to(dtype)
+            if needs[0] or needs[1] or needs[4] or needs[5]:
+                grad_rows = grad @ blend_weight(weight, lam, dtype)
+                grad_rows, *grad_norm = blend_rows_backward(grad_rows, rows, norm, gelu, dropout, seed)
+                grad_x = grad_rows.view(x.shape)
+                if grad_total is not None:
+                    grad_x += grad_total
+                if norm is not None:
+                    found[4], found[5] = (g.to(p.dtype) for g, p in zip(grad_norm, norm[:2], strict=True))
+            if needs[2]:
+                y = blend_rows(rows, lam, norm, gelu, dropout, seed, dtype)
+                found[2] = (grad.T @ y).to(weight.dtype)
+            if needs[3]:
+                found[3] = grad.sum(0).to(ctx.bias_dtype)
+        if grad_x is not None:
+            found[0] = grad_x.to(x_dtype) if needs[0] else None
+            if branch_dtype is not None and needs[1]:
+                found[1] = add_dropped(None, grad_x, branch_dropout, branch_seed, branch_dtype)
         return tuple(found)
+
+
+def _total(x: Tensor, branch: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """x + dropout(branch)."""
+    return add_dropped(x, branch, dropout, seed, torch.promote_types(x.dtype, branch.dtype))
 
 
 def _infer(
@@ -772,7 +783,7 @@ def blend_rows(
 ) -> Tensor:
     """y of the rows ``x`` [M, K] in ``out_dtype``, by default x.dtype. There is no gradient; nothing is checked."""
     weight, bias, eps = (None, None, 0.0) if norm is None else norm
-    drawn = _seed_of(seed, dropout, x.device)
+    drawn = seed_of(seed, dropout, x.device)
     if lam == 0.0 and norm is None and drawn is None and not gelu:
         return x.to(out_dtype or x.dtype)
     return _blend_rows_op(x.contiguous(), lam, weight, bias, eps, gelu, dropout, drawn, out_dtype or x.dtype)
@@ -788,7 +799,7 @@ def blend_rows_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From dL/dy [M, K] dL/dx in x.dtype and those of the norm's weight and bias: float32 [K], or [0] without norm."""
     weight, bias, eps = (None, None, 0.0) if norm is None else norm
-    drawn = _seed_of(seed, dropout, x.device)
+    drawn = seed_of(seed, dropout, x.device)
     if norm is None and drawn is None and not gelu:
         return grad.to(x.dtype), *x.new_empty((2, 0), dtype=_wide(x.dtype))
     x, grad = x.contiguous(), grad.contiguous()
@@ -803,6 +814,7 @@ def blend_weight(weight: Tensor, lam: float, out_dtype: torch.dtype | None = Non
     return _blend_weight_op(weight.contiguous(), lam, out_dtype or weight.dtype)
 
 
+@overload
 def blended_linear(
     x: Tensor,
     weight: Tensor,
@@ -814,7 +826,39 @@ def blended_linear(
     dropout: float = 0.0,
     seed: int | Tensor = 0,
     out_dtype: torch.dtype | None = None,
-) -> Tensor:
+    branch: None = None,
+) -> Tensor: ...
+
+
+@overload
+def blended_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lam: float,
+    *,
+    norm: Norm | None = None,
+    gelu: bool = False,
+    dropout: float = 0.0,
+    seed: int | Tensor = 0,
+    out_dtype: torch.dtype | None = None,
+    branch: Branch,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def blended_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lam: float,
+    *,
+    norm: Norm | None = None,
+    gelu: bool = False,
+    dropout: float = 0.0,
+    seed: int | Tensor = 0,
+    out_dtype: torch.dtype | None = None,
+    branch: Branch | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Linear layer of blended operands, with a gradient: x [..., K] -> [..., N].
 
     Args:
@@ -827,15 +871,23 @@ def blended_linear(
         dropout: share of the values that are dropped after the GELU, before the norm.
         seed: of the dropout; an integer, or an int64 tensor with one element on x's device.
         out_dtype: of the result; by default the compute dtype, which is autocast's where it is on, else x.dtype.
+        branch: float [..., K], its dropout and seed: the input is x + dropout(branch) in the wider dtype of the two,
+            and is returned after the result.
     """
     _check_arguments(x, weight, bias, lam, norm, out_dtype)
     check_dropout(dropout)
+    z, branch_dropout, branch_seed = (None, 0.0, 0) if branch is None else branch
+    if z is not None:
+        if z.dtype not in DTYPES:
+            raise TypeError(f"branch: dtype is {z.dtype}, wanted one of {', '.join(map(str, DTYPES))}")
+        check_branch(x, z)
+        check_dropout(branch_dropout)
     dtype = _compute_dtype(x)
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
-    settings = _Settings(float(lam), eps, gelu, dropout, dtype, out_dtype or dtype)
-    drawn = _seed_of(seed, dropout, x.device)
-    out: Tensor = _BlendedLinear.apply(x, weight, bias, norm_weight, norm_bias, drawn, settings)
-    return out
+    settings = _Settings(float(lam), eps, gelu, dropout, branch_dropout, dtype, out_dtype or dtype)
+    seeds = seed_of(seed, dropout, x.device), seed_of(branch_seed, branch_dropout, x.device)
+    out, total = _BlendedLinear.apply(x, z, weight, bias, norm_weight, norm_bias, *seeds, settings)
+    return out if branch is None else (out, total)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -843,19 +895,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)
-
-
-def _seed_of(seed: int | Tensor | None, dropout: float, device: torch.device) -> Tensor | None:
-    """``seed`` as an int64 tensor [], or None where nothing is dropped."""
-    if not threshold(dropout):
-        return None
-    if not isinstance(seed, Tensor):
-        return torch.full((), 0 if seed is None else seed, dtype=torch.int64, device=device)
-    if seed.dtype != torch.int64:
-        raise TypeError(f"seed: dtype is {seed.dtype}, wanted torch.int64")
-    if seed.numel() != 1 or seed.device != device:
-        raise ValueError(f"seed: {seed.numel()} elements on {seed.device}, wanted 1 on {device}, where x is")
-    return seed.reshape(())
 
 
 def _check_arguments(

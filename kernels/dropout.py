@@ -14,6 +14,9 @@ words found by a search for the least bias: a change of any bit flips every bit 
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from tetra.kernels.backend import HAS_TRITON, tl, triton
@@ -59,6 +62,34 @@ def seed_words(seed: Tensor) -> tuple[Tensor, Tensor]:
     return seed & MASK, (seed >> 32) & MASK
 
 
+def dropped_scale(seed: Tensor, dropout: float, first: int, m: int, k: int) -> Tensor:
+    """What rows are multiplied by: 0 or 1 / (1 - dropout), float64 [m, k] from row ``first`` on.
+
+    The words are the seed's, the row and the column.
+    """
+    rows = torch.arange(first, first + m, device=seed.device).unsqueeze(1)
+    words = hash_words(*seed_words(seed), rows, torch.arange(k, device=seed.device))
+    return (words >= threshold(dropout)).to(torch.float64) * keep_scale(dropout)
+
+
+def dropout_constants(dropout: float) -> dict[str, Any]:
+    """Constant arguments of the kernels that drop values."""
+    return {"THRESHOLD": threshold(dropout), "KEEP_SCALE": keep_scale(dropout)}
+
+
+def seed_of(seed: int | Tensor | None, dropout: float, device: torch.device) -> Tensor | None:
+    """``seed`` as an int64 tensor [] on ``device``, or None where nothing is dropped."""
+    if not threshold(dropout):
+        return None
+    if not isinstance(seed, Tensor):
+        return torch.full((), 0 if seed is None else seed, dtype=torch.int64, device=device)
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed: dtype is {seed.dtype}, wanted torch.int64")
+    if seed.numel() != 1 or seed.device != device:
+        raise ValueError(f"seed: {seed.numel()} elements on {seed.device}, wanted 1 on {device}, where x is")
+    return seed.reshape(())
+
+
 @triton.jit
 def mix_in_registers(x):
     """``mix`` of uint32."""
@@ -72,3 +103,15 @@ def hash_seed(seed):
     """Hash of an int64 seed, to go on with: ``mix_in_registers(state ^ word)`` for every further word."""
     state = mix_in_registers(seed.to(tl.uint32) ^ _START)
     return mix_in_registers(state ^ (seed >> 32).to(tl.uint32))
+
+
+@triton.jit
+def hash_row(seed_ptr, row):
+    """Hash of seed and row, to which the column is still to come."""
+    return mix_in_registers(hash_seed(tl.load(seed_ptr)) ^ row.to(tl.uint32))
+
+
+@triton.jit
+def dropout_factor(row_hash, columns, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr):
+    """What values of a row are multiplied by."""
+    return tl.where(mix_in_registers(row_hash ^ columns.to(tl.uint32)) >= THRESHOLD, KEEP_SCALE, 0.0)
