@@ -1,5 +1,6 @@
 """What a whole model costs on a GPU: the launches of a ternary block and of a backbone, their traffic by the kernels'
-own cost functions, and a predicted latency. Predictions, never measurements.
+own cost functions, and a predicted latency; the traffic of a block and of the losses in training. Predictions, never
+measurements.
 
 Letters: M rows (tokens of all images), K inputs, N outputs of a product. Activations are float16.
 """
@@ -16,14 +17,20 @@ from tetra.autotune.hardware import Product
 from tetra.kernels import ternary_matmul
 from tetra.kernels.ahead_of_time import all_specimens, check_compiler, compile_for
 from tetra.kernels.attention import cost as attention_cost
+from tetra.kernels.attention_distillation import cost as attention_distillation_cost
+from tetra.kernels.attention_training import cost as attention_training_cost
+from tetra.kernels.blended_linear import cost as blended_cost
 from tetra.kernels.layer_norm import cost as layer_norm_cost
 from tetra.kernels.patches import cost as patches_cost
+from tetra.kernels.residual_dropout import cost as residual_dropout_cost
 from tetra.kernels.row_quantize import cost as row_quantize_cost
 from tetra.kernels.specimen import Specimen
+from tetra.kernels.token_loss import cost as token_loss_cost
 from tetra.profiling.roofline import FORMULA, LAUNCH_OVERHEAD_S, Launch, Prediction, predict_launch
 from tetra.profiling.sass import Report, report
 
 BYTES = 2  # of a float16
+Cost = tuple[int, int]  # operations, bytes moved
 PREDICTED_GPUS = ("A100 SXM 80GB", "H100 SXM", "Jetson AGX Orin 64GB", "RTX 4090")
 _LIBRARY_TILE = 64  # what the library's products are taken to compute a block
 
@@ -158,6 +165,55 @@ def block_cost(shape: Shape, batch: int = 1, tokens: int | None = None) -> Block
     steps = block_steps(shape, batch, tokens)
     operations, n_bytes = (sum(getattr(s.launch, name) for s in steps) for name in ("operations", "n_bytes"))
     return BlockCost(len(steps), operations, n_bytes)
+
+
+def _blended_costs(m: int, n: int, k: int, in_bytes: int, **flags: bool) -> list[Cost]:
+    """Of a ternary layer in training, forward and backward: its rows and weight, and the library's three products.
+
+    ``flags``: ``gelu`` and ``dropout`` before the norm.
+    """
+    rows = blended_cost(m, k, in_bytes, BYTES, **flags)
+    weight = (10 * n * k, n * k * (4 + 4 + BYTES))  # float32, once to be summed and once to be blended
+    product = (2 * m * n * k, BYTES * (m * k + n * k + m * n))
+    gradient = blended_cost(m, k, in_bytes, BYTES, backward=True, **flags)
+    return [rows, weight, product, weight, product, gradient, rows, product]
+
+
+def training_block_cost(shape: Shape, batch: int = 1, tokens: int | None = None, dropout: bool = True) -> BlockCost:
+    """Forward and backward pass of a ternary block that trains: the kernels' own cost functions, and the products.
+
+    The stream is float32, all else bfloat16. What PyTorch does between them (sums of biases' gradients, additions of
+    gradients) is not counted; a pass over a weight counts as one launch.
+
+    Args:
+        shape: of the backbone.
+        tokens: an image; those of the backbone's own image size by default.
+        dropout: whether the branches drop values.
+    """
+    tokens = tokens or n_tokens(shape)
+    m, inner = batch * tokens, shape.n_heads * shape.head_dim
+    heads = (batch, tokens, shape.n_heads, shape.head_dim)
+    costs = [
+        *_blended_costs(m, 3 * inner, shape.width, 4),
+        *_blended_costs(m, shape.width, inner, BYTES),
+        *_blended_costs(m, shape.mlp_dim, shape.width, 4),
+        *_blended_costs(m, shape.width, shape.mlp_dim, BYTES, gelu=True, dropout=dropout),
+        attention_training_cost(*heads, BYTES),
+        attention_training_cost(*heads, BYTES, backward=True),
+    ]
+    if dropout:  # two sums, of which the backward pass makes one again, and two gradients
+        costs += [residual_dropout_cost(m, shape.width, BYTES, 4)] * 3
+        costs += [residual_dropout_cost(m, shape.width, 4, BYTES, residual=False)] * 2
+    return BlockCost(len(costs), sum(operations for operations, _ in costs), sum(n_bytes for _, n_bytes in costs))
+
+
+def distillation_cost(shape: Shape, teacher_width: int, batch: int = 1, layers: int = 4) -> BlockCost:
+    """The losses of stage 1, forward and backward: of tokens, and of the attention of ``layers`` blocks."""
+    tokens, inner = n_tokens(shape), shape.n_heads * shape.head_dim
+    costs = [token_loss_cost(batch * tokens, teacher_width, 4, backward=backward) for backward in (False, True)]
+    for backward in (False, True):
+        costs += [attention_distillation_cost(batch, tokens, inner, teacher_width, BYTES, backward=backward)] * layers
+    return BlockCost(len(costs), sum(operations for operations, _ in costs), sum(n_bytes for _, n_bytes in costs))
 
 
 def _library(name: str, m: int, n: int, k: int, residual: bool = False) -> Step:

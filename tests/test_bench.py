@@ -104,7 +104,8 @@ def test_kernels_beside_torch() -> None:
     rows = bench_kernels("nano", repeats=2, threads=1, progress=cases.append, notices=notices)
     assert notices == [f"{name} runs on NVIDIA GPUs alone and was left out" for name in ("gemlite", "BitBLAS")]
     check_figures(rows)
-    assert {row["kernel"] for row in rows} == set(KERNELS) - {"patches"}  # nano has a convolutional stem
+    # nano has a convolutional stem and no dropout.
+    assert {row["kernel"] for row in rows} == set(KERNELS) - {"patches", "residual_dropout"}
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(f"{row['kernel']} {row['shape']}", []).append(row)
@@ -120,6 +121,9 @@ def test_kernels_beside_torch() -> None:
 
 
 def test_one_kernel_can_be_asked_for() -> None:
+    rows = bench_kernels("vit-s", repeats=1, threads=1, kernel="residual_dropout")
+    assert {row["kernel"] for row in rows} == {"residual_dropout"}
+    assert rows[0]["shape"] == {"M": 530, "K": 384, "dropout": 0.05}
     rows = bench_kernels("vit-s", batch=2, repeats=1, threads=1, kernel="patches")
     assert {row["kernel"] for row in rows} == {"patches"}
     assert rows[0]["shape"] == {"B": 2, "H": 322, "W": 322, "patch_size": 14}
@@ -131,7 +135,7 @@ def test_on_a_gpu_every_variant_runs() -> None:
     names = {row["variant"] for row in bench_model("nano", repeats=2, device="cuda", notices=notices)}
     assert {BASELINE, "fp16 sdpa", "fp16 sdpa, CUDA graph", "tetra packed, fp16 rest, CUDA graph"} <= names
     rows = bench_kernels("nano", repeats=2, device="cuda", notices=notices)
-    assert {row["kernel"] for row in rows} == set(KERNELS) - {"patches"}
+    assert {row["kernel"] for row in rows} == set(KERNELS) - {"patches", "residual_dropout"}
 
 
 @pytest.mark.parametrize("bench", [bench_model, bench_kernels])

@@ -267,6 +267,8 @@ def test_packing_names_the_layer_that_is_not_finite(tetra: Runner, tiny_model: T
         (["bench", "kernels", "--json", "{tmp}"], ["{tmp}", "folder"]),
         (["bench", "kernels", "--kernel", "gemm"], ["'gemm'", "ternary_matmul"]),
         (["bench", "kernels", "--device", "nowhere"], ["nowhere"]),
+        (["bench", "train", "--count", "--plot", "{tmp}/x.png"], ["--plot", "--count"]),
+        (["bench", "train", "--arch", "nano", "--batch", "3"], ["batch is 3", "stage 2"]),
         (["kernels", "predict", "--gpu", "V100"], ["gpu: 'V100'", "A100 SXM 80GB"]),
         (["kernels", "predict", "--markdown", "{tmp}/no/x.md"], ["{tmp}/no"]),
     ],
@@ -325,7 +327,38 @@ def test_bench_writes_figures_and_a_picture(tetra: Runner, tmp_path: Path, comma
         assert picture.format == "PNG"
 
 
-@pytest.mark.parametrize("command", ["model", "kernels"])
+def test_bench_train_counts_and_names_what_is_kept(tetra: Runner, tmp_path: Path) -> None:
+    args = [
+        "bench",
+        "train",
+        "--arch",
+        "nano",
+        "--batch",
+        4,
+        "--image-size",
+        64,
+        "--stage",
+        "distill",
+        "--device",
+        "cpu",
+    ]
+    file, picture = tmp_path / "b.json", tmp_path / "b.png"
+    result = tetra(*args, "--count", "--by-tensor", "--recompute", "all", "--threads", 1, "--json", file)
+    assert result.status == 0, result.err
+    rows = read_json(file)
+    step = [row for row in rows if row["stage"] == "distill"]
+    assert [row["variant"] for row in step] == [
+        "torch, sdpa", "torch, maps", "tetra", "tetra, attention again", "tetra, blocks again",
+    ]  # fmt: skip
+    assert "median ms" not in result.out
+    assert "student.backbone.blocks.*.mlp.down" in result.out
+    result = tetra(*args, "--repeats", 1, "--plot", picture)
+    assert result.status == 0, result.err
+    assert "images/s" in result.out
+    assert picture.is_file()
+
+
+@pytest.mark.parametrize("command", ["model", "kernels", "train"])
 @pytest.mark.parametrize("option", ["--batch", "--repeats", "--threads"])
 def test_bench_refuses_numbers_below_one(tetra: Runner, command: str, option: str) -> None:
     result = tetra("bench", command, option, 0)

@@ -2,7 +2,8 @@
 
 A *case* is one operation on one shape; its variants take turns (see :mod:`tetra.timing`) and the first is what the
 others are compared with. Variants that begin with "tetra" are this project's; where their default is not plain
-PyTorch, a second line shows what plain PyTorch makes of the same operation.
+PyTorch, a second line shows what plain PyTorch makes of the same operation. Of the kernels for training this times the
+forward pass alone; :mod:`tetra.bench_train` times both passes, and counts what is kept between them.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from tetra.config import model_config
 from tetra.errors import ConfigError
 from tetra.kernels.backend import backend_for
 from tetra.model import IMAGE_MEAN, IMAGE_STD
+from tetra.quantization import blend_activation, blend_weight
 from tetra.timing import Progress, check_positive, environment, forced_backend, take_turns
 from tetra.timing import threads as _threads
 
 Call = Callable[[], object]
 
-KERNELS = ("ternary_matmul", "row_quantize", "layer_norm", "attention", "patches", "bits")
+INFERENCE_KERNELS = ("ternary_matmul", "row_quantize", "layer_norm", "attention", "patches", "bits")
+TRAINING_KERNELS = ("blended_linear", "residual_dropout", "attention_training", "attention_distillation", "token_loss")
+KERNELS = INFERENCE_KERNELS + TRAINING_KERNELS
+LAMBDA = 0.5  # what training blends with
 DESCRIPTOR_BITS = 12288  # of the BoQ head
 
 
@@ -205,6 +210,97 @@ def _bits_case(setting: _Setting, batch: int) -> Case:
     return case
 
 
+def _blended_case(setting: _Setting, layer: str, m: int, n: int, k: int) -> Case:
+    """A ternary layer in training, with the norm before it; PyTorch's is composed of plain modules."""
+    case = Case("blended_linear", {"layer": layer, "M": m, "N": n, "K": k})
+    device = setting.device
+    x, weight, bias = (torch.randn(shape, device=device) for shape in ((m, k), (n, k), (n,)))
+    scale, shift = torch.ones(k, device=device), torch.zeros(k, device=device)
+
+    def make(dtype: torch.dtype) -> Callable[[], Tensor]:
+        x_, w_, b_, scale_, shift_ = (t.to(dtype) for t in (x, weight, bias, scale, shift))
+
+        def layer() -> Tensor:
+            y = F.layer_norm(x_, (k,), scale_, shift_)
+            return F.linear(blend_activation(y, LAMBDA), blend_weight(w_, LAMBDA), b_)
+
+        return layer
+
+    setting.add_floats(case, make)
+    for dtype in (setting.half[0], torch.float32):
+        own = partial(kernels.blended_linear, x.to(dtype), weight, bias, LAMBDA, norm=(scale, shift, 1e-5))
+        setting.add_own(case, f"blended_linear {_short(dtype)}", own)
+    return case
+
+
+def _residual_case(setting: _Setting, m: int, k: int, dropout: float) -> Case:
+    case = Case("residual_dropout", {"M": m, "K": k, "dropout": dropout})
+    residual, y = torch.randn(2, m, k, device=setting.device).unbind()
+
+    def make(dtype: torch.dtype) -> Callable[[], Tensor]:
+        y_ = y.to(dtype)
+        return lambda: residual + F.dropout(y_, dropout)
+
+    setting.add_floats(case, make)
+    for dtype in (setting.half[0], torch.float32):
+        own = partial(kernels.residual_dropout, residual, y.to(dtype), dropout, 1)
+        setting.add_own(case, f"residual_dropout {_short(dtype)}", own)
+    return case
+
+
+def _attention_training_case(setting: _Setting, batch: int, tokens: int, n_heads: int, head_dim: int) -> Case:
+    case = Case("attention_training", {"B": batch, "T": tokens, "H": n_heads, "D": head_dim})
+    qkv = torch.randn(batch, tokens, 3 * n_heads * head_dim, device=setting.device)
+
+    def make(dtype: torch.dtype) -> Callable[[], Tensor]:
+        q, k, v = qkv.to(dtype).view(batch, tokens, 3, n_heads, head_dim).permute(2, 0, 3, 1, 4).unbind()
+        return lambda: F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, -1)
+
+    setting.add_floats(case, make)
+    for dtype in (setting.half[0], torch.float32):
+        setting.add_own(
+            case, f"attention_train {_short(dtype)}", partial(kernels.attention_train, qkv.to(dtype), n_heads)
+        )
+    return case
+
+
+def _attention_loss_case(setting: _Setting, batch: int, tokens: int, n_heads: int, head_dim: int) -> Case:
+    """A teacher of the same shape; PyTorch's from one averaged map."""
+    case = Case("attention_distillation", {"B": batch, "T": tokens, "H": n_heads, "D": head_dim})
+    sides = torch.randn(4, batch, tokens, n_heads, head_dim, device=setting.device).transpose(2, 3)
+
+    def make(dtype: torch.dtype) -> Callable[[], Tensor]:
+        rows = [x.transpose(1, 2).flatten(2) for x in sides.to(dtype)]
+
+        def loss() -> Tensor:
+            logits = [(q @ k.transpose(1, 2)).float() / (4 * n_heads * head_dim**0.5) for q, k in (rows[:2], rows[2:])]
+            log_p, log_r = (torch.log_softmax(x, -1) for x in logits)
+            return F.kl_div(log_p, log_r, log_target=True, reduction="sum") / log_p.numel()
+
+        return loss
+
+    setting.add_floats(case, make)
+    for dtype in (setting.half[0], torch.float32):
+        own = partial(kernels.attention_distillation, *sides.to(dtype))
+        setting.add_own(case, f"attention_distillation {_short(dtype)}", own)
+    return case
+
+
+def _token_loss_case(setting: _Setting, m: int, width: int) -> Case:
+    case = Case("token_loss", {"M": m, "C": width})
+    student, teacher = torch.randn(2, m, width, device=setting.device).unbind()
+
+    def make(dtype: torch.dtype) -> Callable[[], Tensor]:
+        a, b = student.to(dtype), teacher.to(dtype)
+        return lambda: F.mse_loss(F.normalize(a, dim=-1), F.normalize(b, dim=-1))
+
+    setting.add_floats(case, make)
+    for dtype in (setting.half[0], torch.float32):
+        own = partial(kernels.token_loss, student.to(dtype), teacher.to(dtype))
+        setting.add_own(case, f"token_loss {_short(dtype)}", own)
+    return case
+
+
 # --- other libraries ---------------------------------------------------------------------------------------
 
 
@@ -262,7 +358,7 @@ def _add_bitblas(case: Case, codes: Tensor, x_q: Tensor, notices: list[str]) -> 
 
 
 def _cases(setting: _Setting, arch: str, batch: int, kernel: str | None, notices: list[str]) -> Iterator[Case]:
-    """The cases of one block, of the stem and of the codes, one at a time, so that one set of tensors is alive."""
+    """The cases of one block, of the stem, of the codes and of training; one set of tensors is alive at a time."""
     c = model_config(arch, None).backbone
     tokens = 1 + c.grid[0] * c.grid[1]
     m = batch * tokens
@@ -270,13 +366,14 @@ def _cases(setting: _Setting, arch: str, batch: int, kernel: str | None, notices
     def wanted(name: str) -> bool:
         return kernel in (None, name)
 
+    layers = (
+        ("qkv", 3 * c.inner_dim, c.width),
+        ("out", c.width, c.inner_dim),
+        ("up", c.mlp_dim, c.width),
+        ("down", c.width, c.mlp_dim),
+    )
     if wanted("ternary_matmul"):
-        for layer, n, k in (
-            ("qkv", 3 * c.inner_dim, c.width),
-            ("out", c.width, c.inner_dim),
-            ("up", c.mlp_dim, c.width),
-            ("down", c.width, c.mlp_dim),
-        ):
+        for layer, n, k in layers:
             yield _product_case(setting, layer, m, n, k, notices)
     if wanted("row_quantize"):
         for k in dict.fromkeys((c.width, c.inner_dim, c.mlp_dim)):
@@ -289,6 +386,17 @@ def _cases(setting: _Setting, arch: str, batch: int, kernel: str | None, notices
         yield _patches_case(setting, batch, c.image_size, c.patch_size)
     if wanted("bits"):
         yield _bits_case(setting, batch)
+    if wanted("blended_linear"):
+        for layer, n, k in layers:
+            yield _blended_case(setting, layer, m, n, k)
+    if wanted("residual_dropout") and c.dropout:
+        yield _residual_case(setting, m, c.width, c.dropout)
+    if wanted("attention_training"):
+        yield _attention_training_case(setting, batch, tokens, c.n_heads, c.head_dim)
+    if wanted("attention_distillation"):
+        yield _attention_loss_case(setting, batch, tokens, c.n_heads, c.head_dim)
+    if wanted("token_loss"):
+        yield _token_loss_case(setting, m, c.width)
 
 
 @torch.inference_mode()

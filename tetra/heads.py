@@ -145,7 +145,7 @@ def sinkhorn(scores: Tensor, dustbin: Tensor, n_iterations: int) -> Tensor:
     b, m, t = scores.shape
     scores = torch.cat([scores, dustbin.to(scores.dtype).expand(b, 1, t)], dim=1)
     log_rows = scores.new_zeros(m + 1)
-    log_rows[-1] = math.log(t - m)
+    log_rows[-1:].fill_(math.log(t - m))  # an assignment would copy from the CPU, which no CUDA graph records
     u, v = scores.new_zeros(b, m + 1), scores.new_zeros(b, t)
     for _ in range(n_iterations):
         u = log_rows - torch.logsumexp(scores + v[:, None, :], dim=2)

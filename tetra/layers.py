@@ -12,9 +12,10 @@ trains, and for *inference*, in fused kernels from :mod:`tetra.kernels`. :func:`
 module is in evaluation mode, so a trained model and its packed copy run the same kernels.
 
 **Training is fused too.** :func:`train_linear` computes a linear layer with the norm, GELU and dropout before it, in
-kernels that keep nothing for the backward pass but the layer's input. With ``TETRA_BACKEND=torch``, in float64 and
-while compiling it is composed of plain modules instead: the reference, with the same gradients where nothing is
-dropped (the two draw different masks).
+kernels that keep nothing for the backward pass but the layer's input; :func:`add_dropped` and
+:func:`train_linear_after` end a residual branch and keep no mask, the second not even the sum. With
+``TETRA_BACKEND=torch``, in float64 and while compiling all is composed of plain modules instead: the reference, with
+the same gradients where nothing is dropped (the two draw different masks).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tetra.kernels import (
     layer_norm,
     norm_quantize,
     pack_ternary,
+    residual_dropout,
     ternary_linear,
     ternary_linear_int8,
 )
@@ -96,8 +98,16 @@ class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` whose parameters are cast to the input's dtype at use."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] -> [B, out_channels, H', W'], in x.dtype."""
-        return self._conv_forward(x, self.weight.to(x.dtype), _as(self.bias, x))
+        """[B, in_channels, H, W] -> [B, out_channels, H', W'], in x.dtype; float32 is float32 on GPUs too."""
+        cudnn = torch.backends.cudnn
+        if not (x.is_cuda and x.dtype == torch.float32 and cudnn.allow_tf32) or torch.compiler.is_compiling():
+            return self._conv_forward(x, self.weight.to(x.dtype), _as(self.bias, x))
+        # TF32, cuDNN's default, has 10 bits, which would move codes away from those of every other device.
+        cudnn.allow_tf32 = False
+        try:
+            return self._conv_forward(x, self.weight.to(x.dtype), _as(self.bias, x))
+        finally:
+            cudnn.allow_tf32 = True
 
 
 class TernaryLinear(nn.Linear):
@@ -138,7 +148,9 @@ class TernaryLinear(nn.Linear):
         return F.linear(blend_activation(x, self.lam), blend_weight(self.weight, self.lam), self.bias)
 
     def check_weight(self) -> None:
-        """Raises ValueError, which names the layer, if the weight has NaN or infinite values."""
+        """ValueError, which names the layer, if the weight has NaN or infinite values; not in compiled graphs."""
+        if torch.compiler.is_compiling():
+            return  # a question about values would cut the graph in two; the trainer sees what comes of them
         # A sum is finite only if every weight is, and is quicker than a tensor of answers; it may overflow, though.
         weight = self.weight.detach()
         if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
@@ -312,16 +324,55 @@ def train_linear(
             x = x if step is None else step(x)
         return x
     assert isinstance(linear, nn.Linear)
-    lam = 0.0
-    if isinstance(linear, TernaryLinear):
-        linear.check_weight()
-        lam = linear.lam
-    assert norm is None or isinstance(norm, (nn.LayerNorm, nn.Identity))
-    affine = (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else None
-    # From the CPU's generator on every device: no waiting, and a step that is seeded repeats its masks.
-    p = dropout.p if dropout is not None and dropout.training else 0.0
-    seed = int(torch.randint(2**63 - 1, ())) if p else 0
+    p, seed = _drawn(dropout)
+    affine, lam = _affine_of(norm), _lambda_of(linear)
     return blended_linear(x, linear.weight, linear.bias, lam, norm=affine, gelu=gelu, dropout=p, seed=seed)
+
+
+def train_linear_after(
+    x: Tensor, branch: Tensor, dropout: nn.Dropout, linear: nn.Module, norm: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """linear(norm(total)) and total = x + dropout(branch), the stream after a residual branch, to train with.
+
+    Of the fused kernels, which keep ``branch`` and ``x`` for the backward pass instead of the sum: only where
+    :func:`trains_fused`. x, branch [..., K] -> [..., N], [..., K].
+
+    Raises:
+        ValueError: as :func:`train_linear`.
+    """
+    assert isinstance(linear, nn.Linear)
+    affine, lam = _affine_of(norm), _lambda_of(linear)
+    return blended_linear(x, linear.weight, linear.bias, lam, norm=affine, branch=(branch, *_drawn(dropout)))
+
+
+def add_dropped(residual: Tensor | None, y: Tensor, dropout: nn.Dropout) -> Tensor:
+    """residual + dropout(y), [..., K], in the wider dtype of the two; without a mask where :func:`trains_fused`."""
+    if trains_fused(y, dropout):
+        return residual_dropout(residual, y, *_drawn(dropout))
+    dropped: Tensor = dropout(y)
+    return dropped if residual is None else residual + dropped
+
+
+def _drawn(dropout: nn.Dropout | None) -> tuple[float, int]:
+    """What share is dropped, and a seed for it.
+
+    From the CPU's generator on every device: no waiting, and a step that is seeded repeats its masks.
+    """
+    p = dropout.p if dropout is not None and dropout.training else 0.0
+    return p, int(torch.randint(2**63 - 1, ())) if p else 0
+
+
+def _affine_of(norm: nn.Module | None) -> tuple[Tensor, Tensor, float] | None:
+    assert norm is None or isinstance(norm, (nn.LayerNorm, nn.Identity))
+    return (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else None
+
+
+def _lambda_of(linear: nn.Linear) -> float:
+    """0 for a layer of full precision. ValueError, which names the layer, for a ternary weight that is not finite."""
+    if not isinstance(linear, TernaryLinear):
+        return 0.0
+    linear.check_weight()
+    return linear.lam
 
 
 class _ExactStraightThrough(torch.autograd.Function):

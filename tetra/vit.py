@@ -10,20 +10,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tetra.config import BackboneConfig
 from tetra.errors import ImageError
 from tetra.kernels import attention, attention_qkv, attention_train, layer_norm, patch_rows, query_scale
-from tetra.layers import Conv2d, LayerNorm, Linear, TernaryLinear, norm_linear, run, train_linear, trains_fused
+from tetra.layers import (
+    Conv2d,
+    LayerNorm,
+    Linear,
+    TernaryLinear,
+    add_dropped,
+    norm_linear,
+    run,
+    train_linear,
+    train_linear_after,
+    trains_fused,
+)
 
 Colours = tuple[float, float, float]
-Collected = list[tuple[Tensor, Tensor]]
+QueriesKeys = tuple[Tensor, Tensor]
+Collected = list[QueriesKeys]
 LinearFactory = Callable[..., nn.Module]
+
+Recompute = Literal["nothing", "attention", "blocks"]
+"""What the backward pass makes again instead of keeping it: see :class:`VisionTransformer`."""
 
 
 class PatchEmbedding(nn.Module):
@@ -44,7 +62,7 @@ class PatchEmbedding(nn.Module):
         rows, columns = h // p, w // p
         patches = images.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1)
         patches = patches.reshape(b, rows * columns, p * p * c)
-        tokens: Tensor = self.norm_out(self.project(self.norm_in(patches)))
+        tokens: Tensor = self.norm_out(train_linear(patches, self.project, self.norm_in))
         return tokens
 
     def infer(self, images: Tensor, mean: Colours, std: Colours, dtype: torch.dtype) -> Tensor:
@@ -97,17 +115,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, collect: Collected | None = None) -> Tensor:
         """[B, 1 + T, D] -> the same; queries and keys [B, H, 1 + T, E] are appended to ``collect``."""
+        y, queries_keys = self.branch(x)
+        if collect is not None:
+            collect.append(queries_keys)
+        return add_dropped(None, y, self.dropout)
+
+    def branch(self, x: Tensor) -> tuple[Tensor, QueriesKeys]:
+        """[B, 1 + T, D] -> the same, before the dropout; and queries and keys, [B, H, 1 + T, E] each."""
         b, t, _ = x.shape
         qkv = train_linear(x, self.qkv, self.norm)
         q, k, v = qkv.view(b, t, 3, self.n_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        if collect is not None:
-            collect.append((q, k))
         if trains_fused(x, self):
             y = attention_train(qkv, self.n_heads)
         else:
             y = attention(q, k, v).transpose(1, 2).flatten(2)
-        y = self.dropout(train_linear(y, self.out, self.norm_out))
-        return y
+        return train_linear(y, self.out, self.norm_out), (q, k)
 
 
 class Mlp(nn.Module):
@@ -123,9 +145,30 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 1 + T, D] -> the same."""
-        hidden = train_linear(x, self.up, self.norm)
-        y: Tensor = self.dropout(train_linear(hidden, self.down, self.norm_down, gelu=True, dropout=self.dropout))
-        return y
+        return add_dropped(None, self.second_half(train_linear(x, self.up, self.norm)), self.dropout)
+
+    def second_half(self, hidden: Tensor) -> Tensor:
+        """[B, 1 + T, hidden width], before the GELU -> [B, 1 + T, D], before the last dropout."""
+        return train_linear(hidden, self.down, self.norm_down, gelu=True, dropout=self.dropout)
+
+
+Attend = Callable[[Tensor], tuple[Tensor, QueriesKeys]]
+
+
+def _made_again(function: Attend, x: Tensor, collected: bool) -> tuple[Tensor, QueriesKeys]:
+    """function(x), of which x alone is kept for the backward pass, and the state of the random numbers."""
+
+    def run(x: Tensor) -> tuple[Tensor, QueriesKeys]:
+        y, (q, k) = function(x)
+        return y, (_apart(q), _apart(k)) if collected else (q, k)
+
+    made: tuple[Tensor, QueriesKeys] = checkpoint(run, x, use_reentrant=False)
+    return made
+
+
+def _apart(heads: Tensor) -> Tensor:
+    """A copy of [B, H, T, E], laid out like a projection: as a view it would keep queries, keys and values alive."""
+    return heads.transpose(1, 2).clone().transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -138,19 +181,38 @@ class Block(nn.Module):
         self.attention = Attention(config, linear)
         self.mlp = Mlp(config, linear, inner_norm=ternary)
 
-    def forward(self, x: Tensor, collect: Collected | None = None) -> Tensor:
-        """[B, 1 + T, D] -> the same."""
-        if collect is not None or self._is_blended():
-            return self._compose(x, collect)
+    def forward(self, x: Tensor, collect: Collected | None = None, recompute: Recompute = "nothing") -> Tensor:
+        """[B, 1 + T, D] -> the same; queries and keys are appended to ``collect``, see :class:`Attention`."""
+        if collect is not None or self._is_blended() or self.training:
+            return self._compose(x, collect, recompute)
         return run(self, x, self._infer_ternary if self.ternary else self._infer_full, self._compose)
 
     def _is_blended(self) -> bool:
         layers = (self.attention.qkv, self.attention.out, self.mlp.up, self.mlp.down)
         return any(isinstance(layer, TernaryLinear) and layer.lam < 1.0 for layer in layers)
 
-    def _compose(self, x: Tensor, collect: Collected | None = None) -> Tensor:
-        x = x + self.attention(x, collect)
-        return x + self.mlp(x)
+    def _compose(self, x: Tensor, collect: Collected | None = None, recompute: Recompute = "nothing") -> Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            recompute = "nothing"
+        if recompute == "blocks":
+            x, queries_keys = _made_again(self._branches, x, collect is not None)
+        elif recompute == "attention":
+            attend = partial(_made_again, self.attention.branch, collected=collect is not None)
+            x, queries_keys = self._branches(x, attend)
+        else:
+            x, queries_keys = self._branches(x)
+        if collect is not None:
+            collect.append(queries_keys)
+        return x
+
+    def _branches(self, x: Tensor, attend: Attend | None = None) -> tuple[Tensor, QueriesKeys]:
+        """The stream after both branches, and queries and keys; ``attend`` computes the first branch."""
+        y, queries_keys = (attend or self.attention.branch)(x)
+        if trains_fused(x, self):
+            hidden, x = train_linear_after(x, y, self.attention.dropout, self.mlp.up, self.mlp.norm)
+            return add_dropped(x, self.mlp.second_half(hidden), self.mlp.dropout), queries_keys
+        x = add_dropped(x, y, self.attention.dropout)
+        return x + self.mlp(x), queries_keys
 
     def _infer_ternary(self, x: Tensor) -> Tensor:
         """Nine kernels: LayerNorm with quantisation, then a product, four times; attention after the first."""
@@ -202,11 +264,18 @@ class Features:
 
 
 class VisionTransformer(nn.Module):
-    """The backbone: stem, CLS token, learned position embedding, blocks. No norm after the last block."""
+    """The backbone: stem, CLS token, learned position embedding, blocks. No norm after the last block.
+
+    Attributes:
+        recompute: less memory for more time while training. "nothing" keeps what each layer needs; "attention" keeps
+            of the attention half of every block its input alone, and computes the rest again in the backward pass;
+            "blocks" does so with whole blocks. Results and gradients are the same, bit for bit.
+    """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute: Recompute = "nothing"
         self.stem = ConvStem(config) if config.stem == "conv" else PatchEmbedding(config)
         n_patches = config.grid[0] * config.grid[1]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
@@ -262,10 +331,11 @@ class VisionTransformer(nn.Module):
     def encode(self, patches: Tensor, grid: tuple[int, int], collect_last: int = 0) -> Features:
         """:meth:`features` from the stem's patches [B, T, D] on."""
         cls = self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)
-        x = self.dropout(torch.cat([cls, patches], dim=1) + self.positions(grid).to(patches.dtype))
+        x = torch.cat([cls, patches], dim=1) + self.positions(grid).to(patches.dtype)
+        x = add_dropped(None, x, self.dropout)
         collected: Collected = []
         for i, block in enumerate(self.blocks):
-            x = block(x, collected if i >= len(self.blocks) - collect_last else None)
+            x = block(x, collected if i >= len(self.blocks) - collect_last else None, self.recompute)
         return Features(x, grid, collected)
 
     def forward(self, images: Tensor) -> Tensor:

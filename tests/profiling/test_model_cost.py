@@ -14,10 +14,12 @@ from tetra.profiling.model_cost import (
     PREDICTED_GPUS,
     block_cost,
     block_steps,
+    distillation_cost,
     model_steps,
     n_tokens,
     predict_model,
     to_markdown,
+    training_block_cost,
 )
 from tetra.profiling.roofline import bound_seconds
 
@@ -52,6 +54,30 @@ def test_traffic_grows_with_tokens_and_batch() -> None:
     assert one.n_bytes < block_cost(VIT_B, batch=4).n_bytes < 4 * one.n_bytes  # weights move once
     assert block_cost(VIT_B, tokens=1000).n_bytes > one.n_bytes
     assert block_cost(VIT_B, batch=2, tokens=265).n_bytes < one.n_bytes * 1.01
+
+
+def test_a_block_in_training_is_its_products_and_little_else() -> None:
+    m, d = 8 * 530, 768
+    products = 3 * 2 * m * 12 * d * d
+    attention = (4 + 14) * m * 530 * d
+    cost = training_block_cost(VIT_B, batch=8)
+    assert products + attention < cost.operations < 1.1 * (products + attention)
+    # Rows: x in and y out twice, x and two gradients once, of each layer; nothing of T x T anywhere.
+    rows = sum(2 * k * (x + 2) + k * (2 * x + 2) for k, x in ((d, 4), (d, 2), (d, 4), (4 * d, 2)))
+    assert cost.n_bytes > m * rows
+    assert training_block_cost(VIT_B, batch=8, dropout=False).n_bytes < cost.n_bytes
+    assert cost.launches == 4 * 8 + 2 + 5
+
+
+def test_losses_of_distillation_grow_with_what_they_compare() -> None:
+    one, two = distillation_cost(VIT_B, 768, batch=1), distillation_cost(VIT_B, 768, batch=2)
+    assert two.operations == 2 * one.operations
+    assert two.n_bytes == 2 * one.n_bytes
+    assert distillation_cost(VIT_B, 1024).operations > one.operations
+    # Four products of T x T x C a layer at least, on each side one, and two for the gradient.
+    assert one.operations > 4 * 2 * 4 * 530 * 530 * 768
+    assert one.n_bytes < 4 * 20 * 530 * 768 * 2 * 2
+    assert distillation_cost(VIT_B, 768, layers=0).launches == 2
 
 
 def test_a_model_is_its_stem_and_blocks() -> None:
