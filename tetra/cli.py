@@ -96,6 +96,23 @@ class Arch(str, Enum):
     nano = "nano"
 
 
+class Stage(str, Enum):
+    """Stages of training that ``bench train`` knows."""
+
+    distill = "distill"
+    finetune = "finetune"
+    all = "all"
+
+
+class RecomputeChoice(str, Enum):
+    """What may be made again in the backward pass."""
+
+    nothing = "nothing"
+    attention = "attention"
+    blocks = "blocks"
+    all = "all"
+
+
 # What Typer raises for arguments that it refuses: Click's class, or that of the copy which newer releases carry.
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -137,6 +154,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
+        message = f"process {os.environ.get('RANK', '0')}: {message}"
     print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 
@@ -475,6 +494,117 @@ def bench_kernels(
         plot_medians(plot, cases, title)
 
 
+@bench_app.command("train")
+def bench_train(
+    arch: Annotated[Arch, typer.Option(help="Architecture; weights, images and the teacher's outputs are random.")] = (
+        Arch.vit_b
+    ),
+    stage: Annotated[Stage, typer.Option(help="Which step, with its components.")] = Stage.all,
+    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 8,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images. [default: the model's]")] = None,
+    attention_layers: Annotated[
+        int | None, typer.Option(min=0, help="Blocks in the attention loss. [default: 4; nano: 0]")
+    ] = None,
+    recompute: Annotated[
+        RecomputeChoice, typer.Option(help="What is made again in the backward pass; all compares the three.")
+    ] = RecomputeChoice.nothing,
+    count: Annotated[bool, typer.Option("--count", help="Count what is kept, from one forward pass; time nothing.")] = (
+        False
+    ),
+    by_tensor: Annotated[bool, typer.Option("--by-tensor", help="Show which tensors the steps keep.")] = False,
+    repeats: Repeats = 15,
+    threads: Threads = None,
+    device: Device = None,
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Training steps and their parts, beside plain PyTorch: images a second, and bytes kept for the backward pass.
+
+    Kept is what autograd saves until the forward pass has ended, each storage once; parameters and images are not
+    counted, what a loss saves of the teacher's outputs is.
+    """
+    from tetra import bench_train as bench
+    from tetra.timing import plot_medians, require_plot
+
+    _check_json_path(json)
+    require_plot(plot)
+    if count and plot is not None:
+        raise ConfigError("--plot draws times, and --count takes none; leave one of them out")
+    device = _device(device)
+    notices: list[str] = []
+    with _progress_line() as show:
+        rows = bench.bench_train(
+            arch.value,
+            batch,
+            image_size,
+            bench.STAGES if stage is Stage.all else (stage.value,),
+            bench.RECOMPUTE if recompute is RecomputeChoice.all else (recompute.value,),
+            attention_layers,
+            repeats=repeats,
+            threads=threads,
+            device=device,
+            count_only=count,
+            progress=show,
+            notices=notices,
+        )
+    _write_json(json, rows)
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        name = f"{row['stage']} {row['case']}".lstrip()
+        cases.setdefault(f"{name}  {_config_text(row['shape'])}", []).append(row)
+    title = f"{arch.value}, batch {batch}, {_machine(rows[0])}"
+    timed = (
+        {}
+        if count
+        else {"images/s": "images_per_s", "median ms": "median_ms", "p95 ms": "p95_ms", "times as fast": "ratio"}
+    )
+    counted = {"kept MiB": "saved_bytes", "bytes a token": "saved_bytes_per_token", "times less": "times_less_saved"}
+    peak = {"peak MiB": "peak_bytes"} if rows[0]["peak_bytes"] is not None else {}
+    columns = {**timed, **counted, **peak}
+    table = _table(title, "", *columns)
+    for case, variants in cases.items():
+        table.add_section()
+        table.add_row(case)
+        for row in variants:
+            table.add_row(f"  {row['variant']}", *(_train_figure(key, row[key]) for key in columns.values()))
+    _print_table(table)
+    if by_tensor:
+        for row in rows:
+            if row["stage"]:
+                _print_table(_saved_table(row))
+    by_formula = [row for row in rows if row["lse_bytes_by_formula"]]
+    if by_formula:
+        notices.append(
+            "compiled attention, which also keeps the log-sum-exp of every row, did not run here; that was added by "
+            f"formula, {by_formula[0]['lse_bytes_by_formula'] / 2**20:.2f} MiB in the first of {len(by_formula)} rows"
+        )
+    _print_report([], notices, [], None)
+    if plot is not None:
+        plot_medians(plot, cases, title)
+
+
+def _train_figure(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if key.endswith("_bytes"):
+        value /= 2**20
+    return f"{value:,.0f}" if key == "saved_bytes_per_token" else f"{value:.2f}" if value < 100 else f"{value:.1f}"
+
+
+def _saved_table(row: dict[str, Any]) -> Table:
+    """What one variant keeps, by tensor; what is below a thousandth together."""
+    table = _table(f"{row['stage']}, {row['variant']}: kept", "module", "operation", "shape", "tensors", "MiB")
+    rest = row["saved_bytes"]
+    for group in row["saved"]:
+        if group["n_bytes"] >= row["saved_bytes"] / 1000:
+            rest -= group["n_bytes"]
+            shape = f"{group['dtype']} {group['shape']}"
+            figures = str(group["count"]), f"{group['n_bytes'] / 2**20:.2f}"
+            table.add_row(group["module"] or "losses", group["operation"], shape, *figures)
+    table.add_row("the rest", "", "", "", f"{rest / 2**20:.2f}")
+    return table
+
+
 def _compiled(wanted: bool | None, device: str) -> bool:
     """torch.compile takes minutes on a CPU and needs a C++ compiler there."""
     return device.startswith("cuda") if wanted is None else wanted
@@ -614,12 +744,37 @@ def train_run(
     """Run a training recipe: distillation, fine-tuning, packing."""
     import logging
 
+    from tetra.training.distributed import requested_rank
     from tetra.training.recipe import run_recipe
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("tetra").setLevel(logging.INFO)
-    path = run_recipe(recipe, out, resume=resume, data_dir=data, progress=sys.stderr.isatty())
-    print(f"{path}: {path.stat().st_size:,} bytes")
+    is_main = requested_rank() == 0  # of several processes, one speaks
+    logging.getLogger("tetra").setLevel(logging.INFO if is_main else logging.ERROR)
+    path = run_recipe(recipe, out, resume=resume, data_dir=data, progress=is_main and sys.stderr.isatty())
+    if is_main:
+        print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+@train_app.command("recipes")
+def train_recipes(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A YAML file, or the name of a shipped recipe.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Also write a page with all settings.")
+    ] = None,
+) -> None:
+    """List the shipped recipes, or show all settings of one with their defaults and meanings."""
+    from tetra.files import atomic_write
+    from tetra.training.recipe import load_recipe, shipped_recipes
+    from tetra.training.recipe_docs import list_table, settings_table, to_markdown
+
+    _check_json_path(markdown)
+    recipes = [load_recipe(name) for name in ([recipe] if recipe else shipped_recipes())]
+    if markdown is not None:
+        with atomic_write(markdown) as file:
+            file.write(to_markdown(recipes).encode())
+    _print_table(settings_table(recipes[0]) if recipe else list_table(recipes))
 
 
 if __name__ == "__main__":

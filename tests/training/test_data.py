@@ -29,6 +29,7 @@ from tetra.training.data import (
     gsv_cities_places,
     load_view,
     photo_places,
+    square_box,
     video_places,
 )
 from tetra.training.teachers import CnnTeacher, resample_tokens
@@ -93,6 +94,46 @@ def test_views_depend_on_seed_and_index_alone(pictures: Path) -> None:
     assert torch.equal(first[0]["images"], other[0]["images"])  # whole images have nothing to draw
 
 
+@settings(deadline=None)
+@given(st.integers(1, 700), st.integers(1, 700), st.integers(1, 900), st.text(max_size=5))
+def test_squares_lie_inside_the_image(height: int, width: int, side: int, key: str) -> None:
+    left, top, right, bottom = square_box(height, width, side, key)
+    assert right - left == bottom - top == min(side, height, width)
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    assert square_box(height, width, side, key) == (left, top, right, bottom)
+
+
+def test_squares_are_cut_anew_in_every_epoch(draw_pictures: Callable[..., list[Path]], tmp_path: Path) -> None:
+    paths = draw_pictures(tmp_path, 3, height=24, width=120)
+    panoramas = ViewDataset(paths, (24, 24), seed=2, crop=24)
+    whole = load_image(paths[1])
+    columns = set()
+    for epoch in range(6):
+        item = panoramas[epoch, 1]
+        assert item["index"] == 1
+        found = [x for x in range(97) if torch.equal(whole[:, :, x : x + 24], item["images"])]
+        assert len(found) == 1  # a window of the panorama, of its height, neither squashed nor mirrored
+        columns |= set(found)
+    assert len(columns) > 3
+    assert torch.equal(panoramas[0, 1]["images"], panoramas[1]["images"])
+    again = ViewDataset(paths, (24, 24), seed=2, crop=24)
+    assert torch.equal(again[5, 1]["images"], panoramas[5, 1]["images"])
+    other = ViewDataset(paths, (24, 24), seed=3, crop=24)
+    assert any(not torch.equal(other[e, 1]["images"], panoramas[e, 1]["images"]) for e in range(3))
+    both = ViewDataset(paths, (24, 24), views=2, seed=2, crop=24)
+    assert len(both) == 6
+    assert any(not torch.equal(both[e, 2]["images"], both[e, 3]["images"]) for e in range(3))
+    # Without a crop every epoch sees the same views, as a cache of them has to.
+    views = ViewDataset(paths, (24, 24), views=2)
+    assert all(torch.equal(views[e, 3]["images"], views[3]["images"]) for e in range(3))
+
+
+def test_of_a_small_image_the_largest_square_is_cut(draw_pictures: Callable[..., list[Path]], tmp_path: Path) -> None:
+    path = draw_pictures(tmp_path, 1, height=24, width=24)[0]
+    assert torch.equal(ViewDataset([path], (24, 24), crop=512)[3, 0]["images"], load_image(path))
+
+
 def test_fingerprints_follow_what_items_depend_on(pictures: Path) -> None:
     paths = find_images([pictures])
     prints = {
@@ -103,8 +144,10 @@ def test_fingerprints_follow_what_items_depend_on(pictures: Path) -> None:
         ViewDataset(paths, (24, 24), 2, min_scale=0.5).fingerprint(),
         ViewDataset(paths[1:], (24, 24), 2).fingerprint(),
         ViewDataset(paths[::-1], (24, 24), 2).fingerprint(),
+        ViewDataset(paths, (24, 24), 2, crop=16).fingerprint(),
+        ViewDataset(paths, (24, 24), 2, crop=17).fingerprint(),
     }
-    assert len(prints) == 7
+    assert len(prints) == 9
     assert ViewDataset(paths, (24, 24), 2).fingerprint() in prints
 
 
@@ -226,6 +269,27 @@ def test_a_damaged_manifest_starts_the_cache_anew(text: str, views: ViewDataset,
     teacher = Counting()
     SmallChunks(views, tmp_path).fill(teacher)
     assert teacher.seen == 48
+
+
+@pytest.mark.parametrize("done", [-1, 49, "x", None])
+def test_a_manifest_that_counts_wrong_starts_the_cache_anew(done: object, views: ViewDataset, tmp_path: Path) -> None:
+    SmallChunks(views, tmp_path).fill(Counting())
+    manifest = json.loads((tmp_path / "cache.json").read_text())
+    (tmp_path / "cache.json").write_text(json.dumps({**manifest, "done": done}))
+    teacher = Counting()
+    SmallChunks(views, tmp_path).fill(teacher)
+    assert teacher.seen == 48
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5])
+def test_a_truncated_array_starts_the_cache_anew(share: float, views: ViewDataset, tmp_path: Path) -> None:
+    SmallChunks(views, tmp_path).fill(Counting())
+    data = (tmp_path / "patches.npy").read_bytes()
+    (tmp_path / "patches.npy").write_bytes(data[: int(share * len(data))])
+    teacher = Counting()
+    SmallChunks(views, tmp_path).fill(teacher)
+    assert teacher.seen == 48
+    assert (tmp_path / "patches.npy").read_bytes() == data
 
 
 @pytest.mark.parametrize("lost", ["images", "cls", "patches"])
@@ -451,3 +515,31 @@ def test_epochs_and_seeds_differ() -> None:
 def test_nothing_to_sample(n_items: int, batch_size: int) -> None:
     with pytest.raises(TrainingError, match="both must be positive"):
         StepSampler(n_items, batch_size, 3, 0)
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(1, 12),
+    st.integers(0, 2**32),
+)
+def test_processes_share_every_batch(n_items: int, part: int, n: int, n_steps: int, seed: int) -> None:
+    """Put together in the order of their ranks, their parts are the batch of one process, across epochs too."""
+    whole = list(StepSampler(n_items, part * n, n_steps, seed, with_epoch=True))
+    parts = [list(StepSampler(n_items, part * n, n_steps, seed, True, rank, n)) for rank in range(n)]
+    for step, batch in enumerate(whole):
+        assert [item for own in parts for item in own[step]] == batch
+        assert {len(own[step]) for own in parts} == {part}
+
+
+def test_processes_cant_share_some_batches() -> None:
+    with pytest.raises(TrainingError, match=r"a batch of 10 can't be shared by 3 processes"):
+        StepSampler(50, 10, 1, 0, False, 0, 3)
+
+
+@pytest.mark.parametrize("n_items", [3, 5, 9])
+def test_a_batch_of_two_never_has_one_item_twice(n_items: int) -> None:
+    for seed in range(30):
+        for batch in StepSampler(n_items, 2, 40, seed):
+            assert len(set(batch)) == 2

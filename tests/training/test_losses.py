@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tetra.errors import TrainingError
 from tetra.kernels import pack_bits
@@ -130,24 +131,129 @@ def test_binary_multi_similarity_against_the_paper(lam: float) -> None:
     assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
+def by_autograd(x: Tensor, labels: Tensor, lam: float) -> Tensor:
+    """The same in float64, for gradients: all pairs at once."""
+    same = labels[:, None] == labels
+    kinds = {1.0: same & ~torch.eye(len(x), dtype=torch.bool), -50.0: ~same}
+    unit = F.normalize(x, dim=1)
+    cosines = unit @ unit.T
+    hardest_positive = cosines.masked_fill(~kinds[1.0], math.inf).amin(1, keepdim=True)
+    hardest_negative = cosines.masked_fill(~kinds[-50.0], -math.inf).amax(1, keepdim=True)
+    kept = {1.0: cosines < hardest_negative + 0.1, -50.0: cosines > hardest_positive - 0.1}
+    within = x.clamp(-1, 1)
+    signs = within + (torch.where(x > 0, 1.0, -1.0) - within).detach()
+    unit = signs / signs.norm(dim=1, keepdim=True)
+    total = torch.zeros((), dtype=x.dtype)
+    for similarity, weight in ((cosines, 1 - lam), (unit @ unit.T, lam)):
+        for scale, kind in kinds.items():
+            terms = torch.exp(-scale * similarity) * (kind & kept[scale])
+            total = total + weight * (1 + terms.sum(1)).log().div(abs(scale)).mean()
+    return total
+
+
+def some_descriptors(dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of the places of LABELS, alike within one; a third of the values beyond 1."""
+    x = torch.randn(9, 27) + torch.randn(4, 27)[LABELS] / 4
+    assert 0.2 < (x.abs() > 1).float().mean() < 0.4
+    return x.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.4, 1.0])
+def test_binary_multi_similarity_and_its_gradient_against_the_formulas(lam: float) -> None:
+    x = some_descriptors(torch.float64)
+    found, wanted = BinaryMultiSimilarityLoss()(x, LABELS, lam), by_autograd(x, LABELS, lam)
+    assert wanted.item() == pytest.approx(
+        (1 - lam) * multi_similarity(x, LABELS, x)
+        + lam * multi_similarity(torch.where(x > 0, 1.0, -1.0), LABELS, mined_on=x)
+    )
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
+    gradient, wanted_gradient = (torch.autograd.grad(loss, x)[0] for loss in (found, wanted))
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=0, atol=1e-12)
+    assert gradient.abs().max() > 1e-3
+    for dtype in (torch.float32, torch.bfloat16):
+        y = x.detach().to(dtype).requires_grad_()
+        exact = y.detach().double().requires_grad_()  # the same values, rounded
+        found, wanted = BinaryMultiSimilarityLoss()(y, LABELS, lam), by_autograd(exact, LABELS, lam)
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+        gradient, wanted_gradient = torch.autograd.grad(found, y)[0], torch.autograd.grad(wanted, exact)[0]
+        assert (gradient - wanted_gradient).norm() <= (
+            1e-5 if dtype == torch.float32 else 1e-2
+        ) * wanted_gradient.norm()
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.4, 1.0])
 def test_binary_multi_similarity_against_the_library(lam: float) -> None:
+    """On descriptors, where ours gives it similarities."""
     from pytorch_metric_learning.distances import CosineSimilarity
     from pytorch_metric_learning.losses import MultiSimilarityLoss
     from pytorch_metric_learning.miners import MultiSimilarityMiner
 
     loss = MultiSimilarityLoss(alpha=1, beta=50, base=0, distance=CosineSimilarity())
     miner = MultiSimilarityMiner(epsilon=0.1, distance=CosineSimilarity())
-    x = torch.randn(9, 24).div(8).requires_grad_()
+    x = some_descriptors()
     y = x.detach().clone().requires_grad_()
     found = BinaryMultiSimilarityLoss()(x, LABELS, lam)
     pairs = miner(y, LABELS)
-    signs = y + (torch.where(y > 0, 1.0, -1.0) - y).detach()  # straight through; every |value| is below 1
-    expected = (1 - lam) * loss(y, LABELS, pairs) + lam * loss(signs, LABELS, pairs)
+    expected = (1 - lam) * loss(y, LABELS, pairs) + lam * loss(sign_descriptor(y), LABELS, pairs)
     torch.testing.assert_close(found, expected)
     found.backward()
     expected.backward()
-    assert x.detach().abs().max() < 1
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-6)
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
+
+
+def test_autocast_does_not_round_similarities() -> None:
+    x, criterion = some_descriptors(), BinaryMultiSimilarityLoss()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = criterion(x, LABELS, 0.5)
+    assert found.item() == criterion(x, LABELS, 0.5).item()
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_descriptor_that_is_not_finite_shows_in_the_loss(bad: float, lam: float) -> None:
+    x = some_descriptors().detach()
+    x[4, 3] = bad
+    assert math.isnan(BinaryMultiSimilarityLoss()(x.requires_grad_(), LABELS, lam).item())
+
+
+def test_the_sign_loss_saves_two_bits_a_value() -> None:
+    """Beside matrices [B, B]: no signs as floats, and no second copy of the descriptors."""
+    x = torch.randn(9, 4000, requires_grad=True)
+
+    def saved_bytes(lam: float) -> int:
+        found: dict[int, int] = {}
+
+        def pack(saved: Tensor) -> Tensor:
+            found[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            kept = BinaryMultiSimilarityLoss()(x, LABELS, lam)
+        assert kept.requires_grad
+        return sum(found.values())
+
+    extra = saved_bytes(0.5) - saved_bytes(0.0)
+    assert 2 * 9 * 500 <= extra <= 2 * 9 * 500 + 20 * 4 * 9 * 9
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([7] * 4, "places in a batch of 4 images: 1, wanted 2 or more; raise 'places_per_batch'"),
+        ([1, 2, 3], "places in a batch of 3 images: 3, each shown once, wanted 2 .*; raise 'images_per_place'"),
+        ([1], "places in a batch of 1 images: 1, wanted 2 or more"),
+        ([], "places in a batch of 0 images: 0, wanted 2 or more"),
+    ],
+)
+def test_batches_that_teach_nothing_are_refused(labels: list[int], words: str) -> None:
+    with pytest.raises(TrainingError, match=f"multi-similarity loss: {words}"):
+        BinaryMultiSimilarityLoss()(torch.randn(len(labels), 8), torch.tensor(labels), 0.5)
+
+
+@pytest.mark.parametrize("lam", [-0.1, 1.5, math.nan])
+def test_lambdas_that_can_not_be(lam: float) -> None:
+    with pytest.raises(ValueError, match=f"lambda is {lam}, expected 0 <= lambda <= 1"):
+        BinaryMultiSimilarityLoss()(torch.randn(len(LABELS), 8), LABELS, lam)

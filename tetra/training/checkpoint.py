@@ -94,7 +94,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
-        raise FileFormatError(f"{path}: not a readable checkpoint ({error}); resume from another one") from None
+        raise FileFormatError(
+            f"{path}: not a readable checkpoint ({error}); remove it to begin the stage anew"
+        ) from None
     if metadata.get("kind") != _KIND:
         raise FileFormatError(f"{path}: not a training checkpoint; expected one that training wrote")
     version, tree = metadata.get("format_version", "0"), metadata.get("tree", "")
@@ -104,11 +106,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         )
     claimed = metadata.get("content_hash")
     if claimed is not None and claimed != content_hash({"tree": tree}, tensors):
-        raise FileFormatError(f"{path}: altered since it was written, its hash does not match; resume from another one")
+        raise FileFormatError(
+            f"{path}: altered since it was written, its hash does not match; remove it to begin the stage anew"
+        )
     try:
         checkpoint: dict[str, Any] = _decode(json.loads(tree), tensors)
     except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"{path}: damaged checkpoint ({error}); resume from another one") from None
+        raise FileFormatError(f"{path}: damaged checkpoint ({error}); remove it to begin the stage anew") from None
     return checkpoint
 
 

@@ -19,7 +19,7 @@ def plot_curves(stages: dict[str, list[dict[str, float]]], path: Path) -> None:
 
     panels = (
         ("loss", ("loss", "cls", "patch", "attention"), "loss"),
-        ("lambda", ("lambda", "stuck_bits"), "share"),
+        ("lambda and codes", ("lambda", "code_entropy", "stuck_bits", "zero_weights"), "share"),
         ("held-out recall@1", ("recall_float", "recall_binary"), "%"),
     )
     figure = Figure(figsize=(12, 3.2 * max(1, len(stages))), layout="constrained")

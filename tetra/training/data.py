@@ -46,11 +46,23 @@ def crop_box(height: int, width: int, key: str, min_scale: float) -> tuple[tuple
     return (left, top, left + w, top + h), rng.random() < 0.5
 
 
-def load_view(path: Path, size: Size, key: str | None, min_scale: float = 0.3) -> Tensor:
-    """The view of an image file that ``key`` draws (None: the whole image), uint8 [3, *size]."""
+def square_box(height: int, width: int, side: int, key: str) -> tuple[int, int, int, int]:
+    """A square (left, top, right, bottom) of ``side`` pixels, or the largest that fits, where ``key`` draws it."""
+    rng, side = random.Random(key), min(side, height, width)
+    top, left = rng.randint(0, height - side), rng.randint(0, width - side)
+    return left, top, left + side, top + side
+
+
+def load_view(path: Path, size: Size, key: str | None, min_scale: float = 0.3, crop: int = 0) -> Tensor:
+    """The view of an image file that ``key`` draws (None: the whole image), uint8 [3, *size].
+
+    ``crop`` is the side of a square to draw, in pixels, which is not mirrored; 0 draws a :func:`crop_box`.
+    """
     image = load_image(path)
     if key is None:
         box, mirror = (0, 0, image.shape[2], image.shape[1]), False
+    elif crop:
+        box, mirror = square_box(image.shape[1], image.shape[2], crop, key), False
     else:
         box, mirror = crop_box(image.shape[1], image.shape[2], key, min_scale)
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
@@ -77,29 +89,42 @@ def find_images(folders: Sequence[str | Path], exclude: Sequence[str | Path] = (
 class ViewDataset(Dataset[dict[str, Any]]):
     """``views`` views of every image: view 0 is the whole image, the others random crops.
 
+    With ``crop`` every view is a random square of that many pixels a side, another one in each epoch that a key
+    (epoch, index) names: for panoramas, of which the whole would be squashed.
+
     Items: {"index": int, "images": uint8 [3, *size]}.
     """
 
     def __init__(
-        self, paths: Sequence[Path], size: Size, views: int = 1, seed: int = 0, min_scale: float = 0.3
+        self,
+        paths: Sequence[Path],
+        size: Size,
+        views: int = 1,
+        seed: int = 0,
+        min_scale: float = 0.3,
+        crop: int = 0,
     ) -> None:
         if not paths:
             raise DatasetError("no training images; name at least one folder that holds some")
         self.paths, self.size, self.views = list(paths), size, views
-        self.seed, self.min_scale = seed, min_scale
+        self.seed, self.min_scale, self.crop = seed, min_scale, crop
 
     def __len__(self) -> int:
         return len(self.paths) * self.views
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        path, view = self.paths[index // self.views], index % self.views
-        key = None if view == 0 else f"{self.seed}/{index // self.views}/{view}"
-        return {"index": index, "images": load_view(path, self.size, key, self.min_scale)}
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        image, view = divmod(index, self.views)
+        drawn = f"{self.seed}/{image}/{view}" if view or self.crop else None
+        if self.crop:
+            drawn = f"{epoch}/{drawn}"
+        return {"index": index, "images": load_view(self.paths[image], self.size, drawn, self.min_scale, self.crop)}
 
     def fingerprint(self) -> str:
-        """Changes whenever an item would: file names and sizes, views, seed, size."""
+        """Changes whenever an item would: file names and sizes, views, seed, size, crop."""
         facts = [(p.name, p.parent.name, p.stat().st_size) for p in self.paths]
-        return sha256(repr((facts, self.size, self.views, self.seed, self.min_scale)).encode()).hexdigest()
+        crop = (self.crop,) if self.crop else ()
+        return sha256(repr((facts, self.size, self.views, self.seed, self.min_scale, *crop)).encode()).hexdigest()
 
 
 def _reserve(path: Path) -> None:
@@ -152,11 +177,10 @@ class CachedViews(Dataset[dict[str, Any]]):
                 found = json.loads(manifest_path.read_text())
             except ValueError:
                 found = {}
-            complete = all((self.folder / f"{name}.npy").is_file() for name in self._NAMES)
-            if complete and isinstance(found, dict) and found.get("fingerprint") == manifest["fingerprint"]:
+            known = isinstance(found, dict) and found.get("fingerprint") == manifest["fingerprint"]
+            if known and found.get("done") in range(len(self.views) + 1) and self._is_whole():
                 manifest = found
-        done = int(manifest["done"])
-        n = len(self.views)
+        done, n = int(manifest["done"]), len(self.views)
         starts = range(done, n, self.CHUNK)
         device = next(teacher.parameters()).device
         with ThreadPoolExecutor(n_threads) as pool:
@@ -171,6 +195,16 @@ class CachedViews(Dataset[dict[str, Any]]):
                 write_json(manifest_path, manifest)
         self._arrays = None
 
+    def _is_whole(self) -> bool:
+        """Whether all files are there, as long as their heads say."""
+        try:
+            return all(len(np.load(self._file(k), mmap_mode="r")) == len(self.views) for k in self._NAMES)
+        except (OSError, EOFError, ValueError):
+            return False
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.npy"
+
     def _write(self, start: int, n: int, images: Tensor, out: TeacherOutput) -> None:
         patches = out.patches
         if self.grid is not None:
@@ -181,7 +215,7 @@ class CachedViews(Dataset[dict[str, Any]]):
         if self._arrays is None or start == 0:
             self._arrays = {}
             for name, value in data.items():
-                path = self.folder / f"{name}.npy"
+                path = self._file(name)
                 shape = (n, *value.shape[1:])
                 if start == 0:
                     array = open_memmap(path, "w+", dtype=value.cpu().numpy().dtype, shape=shape)
@@ -198,7 +232,7 @@ class CachedViews(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self._arrays is None:
-            self._arrays = {k: np.load(self.folder / f"{k}.npy", mmap_mode="r") for k in self._NAMES}
+            self._arrays = {k: np.load(self._file(k), mmap_mode="r") for k in self._NAMES}
         return {"index": index, **{k: torch.from_numpy(a[index].copy()) for k, a in self._arrays.items()}}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -350,32 +384,58 @@ class StepSampler(Sampler[list[Any]]):
     full. Iteration starts at ``first_step``; ``len`` counts all steps.
 
     Args:
+        batch_size: of all processes together.
         with_epoch: yield (epoch, index) instead of index.
+        rank, world_size: of several processes each has an equal, consecutive part of every batch.
     """
 
-    def __init__(self, n_items: int, batch_size: int, n_steps: int, seed: int, with_epoch: bool = False) -> None:
+    def __init__(
+        self,
+        n_items: int,
+        batch_size: int,
+        n_steps: int,
+        seed: int,
+        with_epoch: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         if n_items < 1 or batch_size < 1:
             raise TrainingError(f"{n_items} items in batches of {batch_size}: both must be positive")
+        if batch_size % world_size:
+            raise TrainingError(f"a batch of {batch_size} can't be shared by {world_size} processes; choose a multiple")
         self.n_items, self.batch_size, self.n_steps, self.seed = n_items, batch_size, n_steps, seed
         self.with_epoch, self.first_step = with_epoch, 0
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         return self.n_steps
 
     def _permutation(self, epoch: int) -> np.ndarray[Any, Any]:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.n_items)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.n_items)
+        # A batch of two across the border must not hold one item twice: one place has nothing to be told apart from.
+        if epoch and self.n_items > 2:
+            before = np.random.default_rng([self.seed, epoch - 1]).permutation(self.n_items)
+            if order[0] == before[-1]:
+                order[:2] = order[1::-1]
+        return order
 
     def batch(self, step: int) -> list[Any]:
-        """The indices of one step."""
+        """The indices of one step, of this process's part."""
         items: list[Any] = []
         permutations: dict[int, np.ndarray[Any, Any]] = {}
-        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+        size = self.batch_size // self.world_size
+        first = step * self.batch_size + self.rank * size
+        for position in range(first, first + size):
             epoch, offset = divmod(position, self.n_items)
             if epoch not in permutations:
                 permutations[epoch] = self._permutation(epoch)
             index = int(permutations[epoch][offset])
             items.append((epoch, index) if self.with_epoch else index)
         return items
+
+    def epoch_at(self, step: int) -> int:
+        """Whole passes over the items before ``step``."""
+        return step * self.batch_size // self.n_items
 
     def __iter__(self) -> Iterator[list[Any]]:
         for step in range(self.first_step, self.n_steps):

@@ -19,6 +19,7 @@ from tetra.kernels.attention_distillation import REDUCTIONS, Reduction
 from tetra.layers import set_lambda
 from tetra.model import TetraModel
 from tetra.quantization import LambdaSchedule, lambda_at
+from tetra.training import distributed
 from tetra.training.augment import AugmentConfig, photometric, random_homography, warp
 from tetra.training.data import CachedViews, ViewDataset, find_images
 from tetra.training.loop import LoopConfig, StageModule, run_stage
@@ -34,20 +35,32 @@ class DistillConfig:
     Attributes:
         folders: images, searched with their subfolders.
         exclude: folders below these to leave out.
-        views: views of every image: the whole, then random crops of at least ``min_scale`` of its area.
+        views: views of every image: the whole, then random crops.
+        min_scale: smallest share of an image's area that such a crop keeps.
+        crop: side in pixels of a square that every view is then cut out as, at random and anew in each epoch; for
+            panoramas. 0 takes views as above.
         cache_teacher: compute the teacher's tokens once per view and keep them on disk; otherwise every
             step runs the teacher, and every epoch sees the same views. Not with an attention loss.
         sizes: (progress, side) pairs: from this share of the stage on, the student sees square images
             of this side. Empty: its own image size throughout.
         attention_reduction: "elements", or "rows" for an attention loss that does not fall with the number of tokens
             (:func:`tetra.training.losses.attention_loss`); ``attention_weight`` wants to be chosen anew then.
-        epochs: passes over all views; ``max_steps`` optimiser steps count instead if positive.
+        epochs: passes over all views.
+        max_steps: if positive, so many optimiser steps count instead.
+        batch_size: images of a batch, in all processes together.
+        lr, weight_decay: AdamW's; the learning rate rises, then falls by a cosine.
+        warmup_fraction: share of the stage in which the learning rate rises.
+        lambda_schedule: how quantisation comes in, see :func:`tetra.quantization.lambda_at`.
+        cls_weight, patch_weight, attention_weight: of the parts of the loss.
+        attention_layers: last blocks whose attention is imitated.
+        augment: what the student sees; its motion is the teacher's too.
     """
 
     folders: tuple[str, ...]
     exclude: tuple[str, ...] = ()
     views: int = 1
     min_scale: float = 0.3
+    crop: int = 0
     cache_teacher: bool = False
     sizes: tuple[tuple[float, int], ...] = ()
     epochs: float = 30.0
@@ -75,7 +88,7 @@ class DistillConfig:
             raise ConfigError("distill: 'sizes' must say which size to begin with, at progress 0")
         check_range("distill", self, "views batch_size", 1)
         check_range("distill", self, "min_scale warmup_fraction", 0, 1)
-        check_range("distill", self, "epochs max_steps lr weight_decay attention_layers", 0)
+        check_range("distill", self, "crop epochs max_steps lr weight_decay attention_layers", 0)
         check_range("distill", self, "cls_weight patch_weight attention_weight", 0)
         if self.attention_reduction not in REDUCTIONS:
             found, known = self.attention_reduction, ", ".join(REDUCTIONS)
@@ -198,16 +211,28 @@ def distill(
     height, width = model.image_size
     if teacher_size is not None and not config.cache_teacher:
         height = width = teacher_size
-    views = ViewDataset(paths, (height, width), config.views, config.loop.seed, config.min_scale)
+    views = ViewDataset(paths, (height, width), config.views, config.loop.seed, config.min_scale, config.crop)
     dataset: ViewDataset | CachedViews = views
     if config.cache_teacher:
         cache = CachedViews(views, folder / "teacher-cache", model.config.backbone.grid)
-        cache.fill(teacher, max(1, config.loop.workers), teacher_size)
+        with distributed.together():
+            if distributed.rank() == 0:
+                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                cache.fill(teacher.to(device), max(1, config.loop.workers), teacher_size)
         dataset = cache
+    distributed.share("distill", "batch_size", config.batch_size)
     per_step = config.batch_size * config.loop.accumulate
     n_steps = config.max_steps or max(1, round(config.epochs * len(views) / per_step))
     torch.manual_seed(config.loop.seed)
     module = DistillModule(model, teacher, config, n_steps, validate)
-    figures = run_stage(module, dataset, config.batch_size, folder, resume=resume, progress=progress)
+    figures = run_stage(
+        module,
+        dataset,
+        config.batch_size,
+        folder,
+        resume=resume,
+        with_epoch=config.crop > 0 and not config.cache_teacher,  # a cache holds one crop of each image
+        progress=progress,
+    )
     set_lambda(model, 1.0)
     return figures

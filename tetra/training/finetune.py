@@ -19,6 +19,7 @@ from tetra.heads import Head, MixVPR
 from tetra.layers import set_lambda
 from tetra.model import TetraModel
 from tetra.quantization import LambdaSchedule, lambda_at
+from tetra.training import distributed, guard
 from tetra.training.augment import AugmentConfig, augment, resize
 from tetra.training.data import Place, PlaceBatches, StepSampler, gsv_cities_places, photo_places, video_places
 from tetra.training.loop import CHECKPOINT, LoopConfig, StageModule, run_stage
@@ -31,9 +32,14 @@ from tetra.vit import Features
 class PlaceSource:
     """Where places come from.
 
-    ``kind``: "gsv-cities" (``cities`` selects some), "video" (each ``window`` consecutive frames, starting
-    every ``stride`` frames, are a place) or "photos" (each photo is one, told apart by augmentation).
-    ``exclude`` names subfolders of ``folder`` to leave out, of videos and photos.
+    Attributes:
+        kind: "gsv-cities", "video" (consecutive frames are a place) or "photos" (each photo is one, told apart by
+            augmentation).
+        folder: where the images lie.
+        exclude: subfolders to leave out, of videos and photos.
+        cities: of GSV-Cities; empty takes all.
+        window: consecutive frames of a video that are a place.
+        stride: frames from the start of one place of a video to that of the next.
     """
 
     kind: Literal["gsv-cities", "video", "photos"]
@@ -74,12 +80,17 @@ class FinetuneConfig:
 
     Attributes:
         sources: where places come from.
-        places_per_batch, images_per_place: make a batch.
+        places_per_batch, images_per_place: make a batch, in all processes together.
         min_scale: smallest share of an image's area that a random crop keeps.
-        augment: None trains on the images as they are.
+        augment: null trains on the images as they are.
         trainable_blocks: last blocks of the backbone that train along with the head.
-        epochs: passes over all places; ``max_steps`` optimiser steps count instead if positive, and the
-            milestones then keep their shares of the stage.
+        epochs: passes over all places.
+        max_steps: if positive, so many optimiser steps count instead; milestones keep their shares of the stage.
+        lr, weight_decay: AdamW's.
+        warmup_epochs: in which the learning rate rises.
+        milestones: epochs at which the learning rate falls to ``gamma`` of itself.
+        gamma: see ``milestones``.
+        lambda_schedule: how the loss goes from float to binary descriptors.
         keep_decoded: hold all decoded images in memory.
         initialize_head: start the head from so many training images (see :meth:`tetra.heads.MixVPR.initialize`);
             0 starts it at random.
@@ -178,18 +189,23 @@ class FinetuneModule(StageModule):
         return self
 
     def loss(self, batch: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
-        """{"loss", "lambda"} of uint8 images [P, n, 3, H, W] with labels [P]."""
+        """{"loss", "lambda", "code_entropy", "stuck_bits"} of uint8 images [P, n, 3, H, W] with labels [P]."""
         lam = lambda_at(progress, self.config.lambda_schedule)
         images = batch["images"].flatten(0, 1)
         labels = batch["label"].repeat_interleave(self.config.images_per_place)
         size = self.model.image_size
         prepared = resize(images, size) if self.config.augment is None else augment(images, self.config.augment, size)
-        descriptors = self.model(prepared)
+        try:
+            descriptors = self.model(prepared)
+        except ValueError as error:
+            if not (distributed.is_on() and guard.is_refusal(error)):
+                raise
+            # The others wait for descriptors; these make the loss of all NaN, and then all look where it began.
+            descriptors = prepared.new_full((len(prepared), self.model.n_bits), torch.nan)
         loss = self.criterion(descriptors, labels, lam)
         with torch.no_grad():
-            share = (descriptors > 0).float().mean(0)
-            stuck = ((share < 0.02) | (share > 0.98)).float().mean()
-        return {"loss": loss, "lambda": torch.tensor(lam), "stuck_bits": stuck}
+            bits = guard.bit_figures(distributed.gather((descriptors > 0).byte()))
+        return {"loss": loss, "lambda": torch.tensor(lam), **bits}
 
 
 def _initialize_head(model: TetraModel, config: FinetuneConfig, dataset: PlaceBatches) -> None:
@@ -229,6 +245,7 @@ def finetune(
 ) -> dict[str, float]:
     """Run stage 2 on ``model`` in place; see :func:`tetra.training.distill.distill` for the arguments."""
     dataset = place_dataset(model, config, base_dir)
+    distributed.share("finetune", "places_per_batch", config.places_per_batch)
     per_step = config.places_per_batch * config.loop.accumulate
     n_steps = config.max_steps or max(1, round(config.epochs * len(dataset) / per_step))
     torch.manual_seed(config.loop.seed)

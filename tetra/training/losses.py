@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tetra import kernels
 from tetra.errors import TrainingError
 from tetra.kernels.attention_distillation import Reduction
+from tetra.training import distributed
 
 QueriesKeys = tuple[Tensor, Tensor]
 
@@ -79,28 +82,73 @@ def sign_descriptor(x: Tensor) -> Tensor:
     return signs / x.shape[-1] ** 0.5
 
 
+def _given_matrices() -> Any:
+    """A distance of pytorch-metric-learning for embeddings [B, B] that are the similarities themselves."""
+    from pytorch_metric_learning.distances import BaseDistance
+
+    class GivenMatrices(BaseDistance):
+        def __init__(self) -> None:
+            super().__init__(normalize_embeddings=False, is_inverted=True)
+
+        def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+            return query_emb
+
+    return GivenMatrices()
+
+
+def _check_places(labels: Tensor) -> None:
+    """TrainingError unless there are two places, and two images of one of them."""
+    counts = labels.unique(return_counts=True)[1]
+    found = f"multi-similarity loss: places in a batch of {len(labels)} images: {len(counts)}"
+    if len(counts) < 2:
+        raise TrainingError(f"{found}, wanted 2 or more; raise 'places_per_batch', or add places to 'sources'")
+    if int(counts.max()) < 2:
+        raise TrainingError(f"{found}, each shown once, wanted 2 images of a place; raise 'images_per_place'")
+
+
 class BinaryMultiSimilarityLoss(nn.Module):
     """(1 - lambda) L(float) + lambda L(sign), with pairs mined on the float descriptors.
 
     L is MultiSimilarityLoss(alpha 1, beta 50, base 0) on cosine similarity, the pairs come from
     MultiSimilarityMiner(epsilon 0.1). Source: Wang et al., arXiv 1904.06627.
+
+    Both get matrices of similarities instead of descriptors: that of the floats is computed once, and that of the signs
+    by :func:`tetra.kernels.sign_similarity`, without a float copy of them. All in float32 (float64 if the descriptors
+    are), also under autocast: beta multiplies what bfloat16 rounds off by 50.
+
+    One of several processes passes its own part of the batch, and gets the loss of the whole: every process gathers
+    all descriptors and computes the same; see :func:`tetra.training.distributed.gather` for the gradient.
     """
 
     def __init__(self, alpha: float = 1.0, beta: float = 50.0, base: float = 0.0, epsilon: float = 0.1) -> None:
         super().__init__()
-        from pytorch_metric_learning.distances import CosineSimilarity
         from pytorch_metric_learning.losses import MultiSimilarityLoss
         from pytorch_metric_learning.miners import MultiSimilarityMiner
 
-        self.loss = MultiSimilarityLoss(alpha=alpha, beta=beta, base=base, distance=CosineSimilarity())
-        self.miner = MultiSimilarityMiner(epsilon=epsilon, distance=CosineSimilarity())
+        self.loss = MultiSimilarityLoss(alpha=alpha, beta=beta, base=base, distance=_given_matrices())
+        self.miner = MultiSimilarityMiner(epsilon=epsilon, distance=_given_matrices())
 
     def forward(self, descriptors: Tensor, labels: Tensor, lam: float) -> Tensor:
-        """float [B, D], integer labels [B] -> scalar."""
-        descriptors = descriptors.float()
-        pairs = self.miner(descriptors, labels)
-        loss = (1.0 - lam) * self.loss(descriptors, labels, pairs)
-        if lam > 0.0:
-            loss = loss + lam * self.loss(sign_descriptor(descriptors), labels, pairs)
-        total: Tensor = loss
+        """float [B, D], integer labels [B] -> scalar, which is NaN if a descriptor is not finite.
+
+        Raises:
+            ValueError: ``lam`` is outside [0, 1].
+            TrainingError: the labels of all processes are of one place, or each of a place of its own.
+        """
+        if not 0.0 <= lam <= 1.0:
+            raise ValueError(f"lambda is {lam}, expected 0 <= lambda <= 1")
+        labels = distributed.gather(labels)
+        _check_places(labels)
+        with torch.autocast(descriptors.device.type, enabled=False):
+            wide = descriptors if descriptors.dtype == torch.float64 else descriptors.float()
+            wide = distributed.gather(wide)
+            unit = F.normalize(wide, dim=1)
+            cosines = unit @ unit.T
+            mined = cosines.detach()
+            pairs = self.miner(mined.clone(), labels)  # which it overwrites
+            loss = (1.0 - lam) * self.loss(cosines, labels, pairs)
+            if lam > 0.0:
+                loss = loss + lam * self.loss(kernels.sign_similarity(wide), labels, pairs)
+        # The miner drops pairs whose similarity is NaN, and the loss of the others would look like any loss.
+        total: Tensor = torch.where(mined.diagonal().isfinite().all(), loss, torch.nan)
         return total

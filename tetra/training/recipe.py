@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from tetra.config import HeadConfig, ModelConfig, from_dict, model_config
 from tetra.errors import ConfigError, TrainingError
 from tetra.files import load, save, write_json, writing_into
 from tetra.model import TetraModel
+from tetra.training import distributed
 from tetra.training.distill import DistillConfig, distill
 from tetra.training.finetune import FinetuneConfig, check_model, finetune, place_dataset
 from tetra.training.loop import CHECKPOINT, read_log
@@ -30,14 +31,17 @@ from tetra.training.teachers import TeacherConfig, create_teacher, describe_teac
 
 logger = logging.getLogger("tetra.training")
 
+_SHIPPED = importlib.resources.files(tetra) / "training" / "recipes"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The packed file. ``rest_dtype``: how everything but the ternary weights is stored.
+    """The packed file.
 
-    The trained weights are rounded to it before packing, so that model and file agree in every bit.
+    Attributes:
+        rest_dtype: how everything but the ternary weights is stored. The trained weights are rounded to it before
+            packing, so that model and file agree in every bit.
     """
 
     rest_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -49,8 +53,11 @@ class Recipe:
 
     Attributes:
         name: of the model.
-        arch: stock architecture to start from; ``backbone`` overrides some of its settings.
-        head: aggregation head; ``head_options`` its options.
+        arch: stock architecture to start from.
+        backbone: settings of it to change, see :class:`tetra.config.BackboneConfig`.
+        head: aggregation head.
+        head_options: options of its class in :mod:`tetra.heads`.
+        description: for people; it travels with the model.
         data_dir: where relative folders start; relative itself to the current directory.
     """
 
@@ -85,21 +92,40 @@ class Recipe:
         )
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ConfigError(
+                    f"key '{key.value}' of line {lines[key.value]} stands again in line {line}; remove one of them"
+                )
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(file.name[:-5] for file in _SHIPPED.iterdir() if file.name.endswith(".yaml"))
+
+
 def load_recipe(source: str | Path | dict[str, Any]) -> Recipe:
     """Read and check a recipe: a mapping, a YAML file, or the name of a shipped one.
 
     Raises:
-        ConfigError: no such recipe, not YAML, unknown or misspelt key, or a value that can't be.
+        ConfigError: no such recipe, not YAML, unknown, misspelt or repeated key, or a value that can't be.
     """
     if isinstance(source, dict):
         return from_dict(Recipe, source, _name_of(source))
     path = Path(source)
-    shipped = importlib.resources.files(tetra) / "training" / "recipes"
     if path.suffix not in (".yaml", ".yml") and not path.exists():
-        names = sorted(f.name[:-5] for f in shipped.iterdir() if f.name.endswith(".yaml"))
+        names = shipped_recipes()
         if str(source) not in names:
             raise ConfigError(f"recipe '{source}': no such file and not a shipped recipe; shipped: {', '.join(names)}")
-        text = (shipped / f"{source}.yaml").read_text()
+        text = (_SHIPPED / f"{source}.yaml").read_text(encoding="utf-8")
     else:
         try:
             text = path.read_text(encoding="utf-8")
@@ -108,7 +134,9 @@ def load_recipe(source: str | Path | dict[str, Any]) -> Recipe:
         except UnicodeDecodeError:
             raise ConfigError(f"{path}: not a text file in UTF-8; expected a recipe in YAML") from None
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
     return from_dict(Recipe, data, str(source))
@@ -144,7 +172,7 @@ def run_recipe(
         TetraError: images, teacher or checkpoint are not as they should be, or another run works in the folder.
         SystemExit: with status 143 after SIGTERM.
     """
-    with writing_into(out_dir), contextlib.ExitStack() as held:
+    with distributed.processes(), distributed.lost_process(), writing_into(out_dir), contextlib.ExitStack() as held:
         try:
             return _run(source, Path(out_dir), resume, data_dir, progress, held)
         except ConfigError as error:
@@ -198,7 +226,7 @@ if hasattr(os, "register_at_fork"):
 
 
 # What may change between the parts of a run without changing its result.
-_FREE_SETTINGS = ("workers", "threads", "checkpoint_every", "validate_every", "log_every")
+_FREE_SETTINGS = ("workers", "threads", "checkpoint_every", "validate_every", "log_every", "recompute")
 
 
 def _check_same_recipe(recipe: Recipe, out: Path) -> None:
@@ -210,6 +238,8 @@ def _check_same_recipe(recipe: Recipe, out: Path) -> None:
         before = json.loads(file.read_text())
         if not isinstance(before, dict):
             raise ValueError(f"holds a {type(before).__name__}, not a recipe")
+        with contextlib.suppress(ConfigError):  # an older release knew fewer settings; they had their defaults
+            before = json.loads(json.dumps(asdict(from_dict(Recipe, before, str(file)))))
     except (OSError, ValueError) as error:
         raise TrainingError(f"{file}: can't be read ({error}); choose another folder") from None
     now = json.loads(json.dumps(asdict(recipe)))
@@ -241,34 +271,41 @@ def _run(
     progress: bool,
     held: contextlib.ExitStack,
 ) -> Path:
-    recipe = load_recipe(source)
-    for stage in ("distill", "finetune"):
-        if not resume and (out / stage / CHECKPOINT).exists():
-            raise TrainingError(
-                f"{out / stage / CHECKPOINT}: a training lies here already; resume it or choose another folder"
-            )
-    seed = (recipe.distill or recipe.finetune).loop.seed  # type: ignore[union-attr]
-    torch.manual_seed(seed)
-    model = TetraModel(recipe.model())
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"{out}: can't be made a folder ({error.strerror}); choose another one") from None
-    held.enter_context(_sole_use(out))
-    base = Path(data_dir) if data_dir is not None else Path(recipe.data_dir)
-    if resume:
-        _check_same_recipe(recipe, out)
-    probe = Probe(recipe.probe, model.image_size, base) if recipe.probe else None
     started = time.monotonic()
-    facts: dict[str, Any] = {"recipe": recipe.name}
-    if recipe.finetune is not None:  # what is wrong with stage 2 is better known before stage 1 has run for days
-        check_model(model, recipe.finetune)
-        place_dataset(model, recipe.finetune, base)
-        BinaryMultiSimilarityLoss()
-    teacher = (
-        create_teacher(recipe.teacher, base) if recipe.distill is not None and recipe.teacher is not None else None
-    )
-    write_json(out / "recipe.json", asdict(recipe))
+    is_main = distributed.rank() == 0
+    with distributed.together():  # what is wrong is said before any process has begun
+        recipe = load_recipe(source)
+        for stage in ("distill", "finetune"):
+            if not resume and (out / stage / CHECKPOINT).exists():
+                raise TrainingError(
+                    f"{out / stage / CHECKPOINT}: a training lies here already; resume it or choose another folder"
+                )
+        seed = (recipe.distill or recipe.finetune).loop.seed  # type: ignore[union-attr]
+        torch.manual_seed(seed)
+        model = TetraModel(recipe.model())
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"{out}: can't be made a folder ({error.strerror}); choose another one") from None
+        if is_main:
+            held.enter_context(_sole_use(out))
+        base = Path(data_dir) if data_dir is not None else Path(recipe.data_dir)
+        if resume:
+            _check_same_recipe(recipe, out)
+        if recipe.distill is not None:
+            distributed.share("distill", "batch_size", recipe.distill.batch_size)
+        if recipe.finetune is not None:
+            distributed.share("finetune", "places_per_batch", recipe.finetune.places_per_batch)
+        probe = Probe(recipe.probe, model.image_size, base) if recipe.probe else None
+        if recipe.finetune is not None:  # what is wrong with stage 2 is better known before stage 1 has run for days
+            check_model(model, recipe.finetune)
+            place_dataset(model, recipe.finetune, base)
+            BinaryMultiSimilarityLoss()
+        teacher = create_teacher(recipe.teacher, base) if recipe.distill is not None and recipe.teacher else None
+    with distributed.together():  # after everyone has compared
+        if is_main:
+            write_json(out / "recipe.json", asdict(recipe))
+    facts: dict[str, Any] = {"recipe": recipe.name, "processes": distributed.world_size()}
     if recipe.distill is not None and recipe.teacher is not None and teacher is not None:
         facts["teacher"] = describe_teacher(teacher)
         logger.info("stage 1: distilling %s", recipe.name)
@@ -294,22 +331,30 @@ def _run(
             progress=progress,
             validate=(lambda: head_probe(probe, model)) if probe else None,
         )
-    model.eval()
+    path = out / "model.safetensors"
+    with distributed.together():
+        if is_main:
+            facts["seconds"] = round(time.monotonic() - started, 1)
+            _save(recipe, model, path, facts)
+    return path
+
+
+def _save(recipe: Recipe, model: TetraModel, path: Path, facts: dict[str, Any]) -> None:
+    """Write the packed model, the trainable one, the figures and the curves."""
+    out = path.parent
+    model.cpu().eval()
     dtype = _DTYPES[recipe.export.rest_dtype]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype).to(parameter.dtype))
     packed = model.pack(dtype)
     packed.info = {"recipe": recipe.name, "description": recipe.description}
-    path = out / "model.safetensors"
     save(packed, path)
     save(model, out / "trained.safetensors")
     facts["content_hash"] = load(path).content_hash
-    facts["seconds"] = round(time.monotonic() - started, 1)
     facts["curves"] = {s: read_log(out / s) for s in ("distill", "finetune") if (out / s).is_dir()}
     write_json(out / "log.json", facts)
     from tetra.training.curves import plot_curves
 
     plot_curves(facts["curves"], out / "curves.png")
     logger.info("packed model: %s (%d bytes); %s", path, path.stat().st_size, json.dumps(facts.get("finetune", {})))
-    return path

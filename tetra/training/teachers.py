@@ -326,10 +326,12 @@ def transformers_teacher(name_or_path: str) -> Teacher:
 class TeacherConfig:
     """Which teacher to load.
 
-    ``kind``: "transformers" (``name``: hub name or folder of a vision transformer or a convolutional network),
-    "efficientnet-lite0", "tetra" (``name``: a model file or a shipped name; its backbone teaches).
-    ``patch_layers``: for EfficientNet-Lite0, as in :class:`CnnTeacher`. ``image_size``: square size, in pixels,
-    that the teacher sees; default: the student's.
+    Attributes:
+        kind: "transformers" (a vision transformer or a convolutional network), "efficientnet-lite0", or "tetra", whose
+            backbone teaches.
+        name: for "transformers" a hub name or a folder, for "tetra" a model file or a shipped name.
+        patch_layers: for EfficientNet-Lite0, as in :class:`CnnTeacher`.
+        image_size: square size, in pixels, that the teacher sees; null: the student's.
     """
 
     kind: Literal["transformers", "efficientnet-lite0", "tetra"]

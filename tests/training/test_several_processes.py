@@ -1,0 +1,294 @@
+"""Training in several processes, with gloo on this machine: the gradients of one, and no process left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tetra.files import load, load_trainable
+from tetra.training.checkpoint import load_checkpoint
+from tetra.training.loop import CHECKPOINT, read_log
+from tetra.training.probe import Probe, ProbeConfig, head_probe
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL is a POSIX signal")
+
+TIMEOUT_S = 300
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def start(n: int, arguments: Sequence[str]) -> list[subprocess.Popen[str]]:
+    """``n`` processes as ``torchrun`` would start them, but with nobody who looks after them."""
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # this machine may have one GPU only
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(n)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Status, output and errors of each."""
+    try:
+        return [(out_err := p.communicate(timeout=TIMEOUT_S)) and (p.returncode, *out_err) for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def train(recipe: Path, out: Path) -> list[str]:
+    return ["-m", "tetra.cli", "train", "run", str(recipe), "--out", str(out), "--resume"]
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error:")]
+
+
+@pytest.fixture
+def recipe(pictures: Path, tetra_teacher_file: Path) -> dict[str, Any]:
+    loop = {"checkpoint_every": 2, "log_every": 1, "threads": 1, "precision": "32-true"}
+    return {
+        "name": "tiny",
+        "arch": "nano",
+        "head": "gem",
+        "head_options": {"out_dim": 64},
+        "backbone": {
+            "width": 32,
+            "depth": 2,
+            "n_heads": 2,
+            "head_dim": 16,
+            "mlp_dim": 48,
+            "image_size": [32, 32],
+            "patch_size": 8,
+            "stem": "patch",
+            "stem_channels": [],
+            "dropout": 0.1,
+        },
+        "data_dir": str(pictures),
+        "teacher": {"kind": "tetra", "name": str(tetra_teacher_file)},
+        "distill": {
+            "folders": ["one", "two"],
+            "max_steps": 6,
+            "batch_size": 8,
+            "attention_layers": 2,
+            "lr": 2e-3,
+            "loop": {**loop, "accumulate": 2, "clip": 1.0, "ema": 0.9},
+        },
+        "finetune": {
+            "sources": [{"kind": "video", "folder": ".", "window": 3, "stride": 3}],
+            "places_per_batch": 4,
+            "images_per_place": 2,
+            "max_steps": 6,
+            "lr": 1e-3,
+            "augment": {},
+            "loop": loop,
+        },
+        "probe": {"folders": ["two"], "max_frames": 11},
+    }
+
+
+def written(recipe: dict[str, Any], folder: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    return path
+
+
+GRADIENTS = """
+import json, sys
+from dataclasses import fields
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from tetra.config import from_dict
+from tetra.model import TetraModel
+from tetra.training import distributed
+from tetra.training.augment import AugmentConfig
+from tetra.training.distill import DistillConfig, distill
+from tetra.training.finetune import FinetuneConfig, finetune
+from tetra.training.loop import StageModule
+from tetra.training.recipe import load_recipe
+from tetra.training.teachers import create_teacher
+
+recipe, out, stage = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+still = {f.name: 0.0 for f in fields(AugmentConfig)}
+recipe["backbone"]["dropout"] = 0.0
+for part in ("distill", "finetune"):
+    recipe[part] |= {"augment": still, "max_steps": 2, "lambda_schedule": "linear"}
+recipe = load_recipe(recipe)
+before = StageModule.on_before_optimizer_step
+
+def keep(self, optimizer):
+    before(self, optimizer)
+    if self.global_step == 0 and distributed.rank() == 0:
+        save_file({n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None}, out / "gradients")
+
+StageModule.on_before_optimizer_step = keep
+with distributed.processes():
+    torch.manual_seed(3)
+    model = TetraModel(recipe.model())
+    base = Path(recipe.data_dir)
+    if stage == "distill":
+        distill(model, create_teacher(recipe.teacher), recipe.distill, out / "run", base_dir=base, progress=False)
+    else:
+        finetune(model, recipe.finetune, out / "run", base_dir=base, progress=False)
+"""
+
+
+@pytest.mark.parametrize("stage", ["distill", "finetune"])
+def test_gradients_are_those_of_one_process(recipe: dict[str, Any], stage: str, tmp_path: Path) -> None:
+    """With the same global batch, nothing dropped and nothing augmented; places of a batch lie on both processes."""
+    found = []
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        out.mkdir()
+        for status, _, err in finish(start(n, ["-c", GRADIENTS, json.dumps(recipe), str(out), stage])):
+            assert status == 0, err
+        found.append(load_file(out / "gradients"))
+    one, two = found
+    assert one.keys() == two.keys()
+    assert any(bool(g.abs().max() > 0) for g in one.values())
+    size = torch.stack([g.norm() for g in one.values()]).norm()
+    for name in one:
+        difference = (one[name] - two[name]).norm()
+        assert difference <= 1e-6 * max(one[name].norm(), 0.1 * size), name
+
+
+def test_both_stages_from_the_command_line(recipe: dict[str, Any], tmp_path: Path, pictures: Path) -> None:
+    """One set of files comes out, and the model is as good in one process as the two found it."""
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    done = subprocess.run(
+        [*command, *train(written(recipe, tmp_path), out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("model.safetensors") == 1
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("curves.png", "distill", "finetune", "log.json", "model.safetensors", "recipe.json", "trained.safetensors"),
+    ]
+    for stage in ("distill", "finetune"):
+        assert sorted(p.name for p in (out / stage / "csv").iterdir()) == ["part0"]
+        rows = [row for row in read_log(out / stage) if "loss" in row]
+        assert [row["step"] for row in rows] == list(range(6))
+    log = json.loads((out / "log.json").read_text())
+    assert log["processes"] == 2
+    model = load_trainable(out / "trained.safetensors")
+    probe = Probe(ProbeConfig(("two",), max_frames=11), model.image_size, pictures)
+    assert head_probe(probe, model.eval()) == pytest.approx(log["finetune"])
+    assert load(out / "model.safetensors").content_hash == log["content_hash"]
+
+
+def test_what_several_processes_resume_ends_as_if_they_had_not_stopped(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """One process is killed; the other says so by itself, and the checkpoint is whole."""
+    file, whole, killed = written(recipe, tmp_path), tmp_path / "whole", tmp_path / "killed"
+    recipe["distill"]["max_steps"] = 6
+    for status, _, err in finish(start(2, train(file, whole))):
+        assert status == 0, err
+    processes = start(2, train(file, killed))
+    checkpoint = killed / "distill" / CHECKPOINT
+    deadline = time.monotonic() + TIMEOUT_S
+    while not checkpoint.exists() and time.monotonic() < deadline and processes[0].poll() is None:
+        time.sleep(0.002)
+    processes[1].send_signal(signal.SIGKILL)
+    (status, _, err), (killed_status, _, _) = finish(processes)
+    assert killed_status == -signal.SIGKILL
+    assert status == 2, err
+    (line,) = errors(err)
+    assert "process 0 of 2" in line
+    assert "has died or hangs" in line
+    assert "--resume" in line
+    assert load_checkpoint(checkpoint)["global_step"] in (2, 4, 6)
+    for status, _, err in finish(start(2, train(file, killed))):
+        assert status == 0, err
+    expected, found = load_file(whole / "trained.safetensors"), load_file(killed / "trained.safetensors")
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+
+
+def test_batches_that_processes_cant_share(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Said once, before anything is written but the folder."""
+    recipe["finetune"]["places_per_batch"] = 5
+    results = finish(start(2, train(written(recipe, tmp_path), tmp_path / "run")))
+    assert [status for status, _, _ in results] == [2, 2]
+    (line,) = [line for _, _, err in results for line in errors(err)]
+    assert "'places_per_batch' is 5" in line
+    assert "2 processes" in line
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+TOGETHER = """
+import sys
+from tetra.errors import ConfigError
+from tetra.training import distributed
+with distributed.processes():
+    with distributed.together():
+        if distributed.rank() in map(int, sys.argv[1].split(",")):
+            raise ConfigError(sys.argv[2].format(distributed.rank()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text", "reported"),
+    [("0,1,2", "the same", [0]), ("2", "one", [2]), ("1,2", "number {}", [1, 2])],
+)
+def test_what_stops_one_process_stops_all(ranks: str, text: str, reported: list[int]) -> None:
+    results = finish(start(3, ["-c", TOGETHER, ranks, text]))
+    assert [rank for rank, (_, _, err) in enumerate(results) if "ConfigError" in err] == reported
+    assert [status for status, _, _ in results] == [1 if rank in reported else 2 for rank in range(3)]
+
+
+@pytest.mark.gpu
+def test_more_processes_than_gpus(recipe: dict[str, Any], tmp_path: Path) -> None:
+    n = torch.cuda.device_count() + 1
+    last = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "RANK": n - 1, "LOCAL_RANK": n - 1}
+    done = subprocess.run(
+        [sys.executable, *train(written(recipe, tmp_path), tmp_path / "run")],
+        env={**os.environ, **{name: str(value) for name, value in last.items()}},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert f"{n} processes on a machine with {n - 1} GPUs" in done.stderr
