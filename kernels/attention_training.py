@@ -58,6 +58,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tetra.autotune.table import lookup
 from tetra.kernels.attention import (
@@ -67,7 +68,7 @@ from tetra.kernels.attention import (
     attention,
     query_scale,
 )
-from tetra.kernels.backend import HAS_TRITON, arch_of, backend_for, on_device_of, tl, triton
+from tetra.kernels.backend import HAS_TRITON, arch_of, backend_for, on_device_of, operator_or_function, tl, triton
 from tetra.kernels.dropout import (
     check_dropout,
     hash_seed,
@@ -784,12 +785,14 @@ def _is_compiled(qkv: Tensor, n_heads: int, dropout: float) -> bool:
     return fits and qkv.dtype in COMPILED_DTYPES and backend_for(qkv) in ("triton", "interpreter")
 
 
-@torch.library.custom_op("tetra::attention_train", mutates_args=())
-def _attention_train_op(qkv: Tensor, n_heads: int, dropout: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attention_train(qkv: Tensor, n_heads: int, dropout: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """Result, and the logits' log-sum-exp [B, H, T], which is empty where the backward pass does not need it."""
     if _is_compiled(qkv, n_heads, dropout):
         return _launch_forward(qkv, n_heads, dropout, seed)
     return _forward_torch(qkv, n_heads, dropout, seed), qkv.new_empty((0,), dtype=torch.float32)
+
+
+_attention_train_op = torch.library.custom_op("tetra::attention_train", _attention_train, mutates_args=())
 
 
 @_attention_train_op.register_fake
@@ -799,13 +802,17 @@ def _(qkv: Tensor, n_heads: int, dropout: float, seed: Tensor | None) -> tuple[T
     return qkv.new_empty((b, t, width // 3)), qkv.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("tetra::attention_train_backward", mutates_args=())
-def _attention_train_backward_op(
+def _attention_train_backward(
     grad: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor | None, n_heads: int, dropout: float, seed: Tensor | None
 ) -> Tensor:
     if out is not None and lse is not None:
         return _launch_backward(grad, qkv, out, lse, n_heads, dropout, seed)
     return _backward_torch(grad, qkv, n_heads, dropout, seed)
+
+
+_attention_train_backward_op = torch.library.custom_op(
+    "tetra::attention_train_backward", _attention_train_backward, mutates_args=()
+)
 
 
 @_attention_train_backward_op.register_fake
@@ -824,10 +831,19 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
     qkv, seed, out, lse = ctx.saved_tensors
-    return _attention_train_backward_op(grad, qkv, out, lse, ctx.n_heads, ctx.dropout, seed), None, None, None
+    run = operator_or_function(grad, _attention_train_backward_op, _attention_train_backward)
+    return run(grad, qkv, out, lse, ctx.n_heads, ctx.dropout, seed), None, None, None
 
 
 _attention_train_op.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+class _AttentionTrain(torch.autograd.Function):
+    """The operator, for calls that nothing traces."""
+
+    forward = staticmethod(_attention_train)
+    setup_context = staticmethod(_keep_for_backward)
+    backward = staticmethod(once_differentiable(_backward))
 
 
 # --- public ------------------------------------------------------------------------------------------------
@@ -857,7 +873,8 @@ def attention_train(qkv: Tensor, n_heads: int, dropout: float = 0.0, seed: int |
     drawn = _seed_on(seed, qkv.device) if threshold(dropout) else None
     if drawn is None and not _is_compiled(qkv, n_heads, dropout) and not _is_slow_fused(qkv):
         return attention(*split_heads(qkv, n_heads)).transpose(1, 2).flatten(2)
-    return _attention_train_op(qkv, n_heads, dropout, drawn)[0]
+    out: Tensor = operator_or_function(qkv, _attention_train_op, _AttentionTrain.apply)(qkv, n_heads, dropout, drawn)[0]
+    return out
 
 
 def _is_slow_fused(qkv: Tensor) -> bool:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -136,6 +137,16 @@ def _warn_of_plain_torch(device: torch.device) -> None:
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one, which is where Triton launches; nothing for CPU tensors."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def operator_or_function(tensor: torch.Tensor, operator: Any, function: Callable[..., Any]) -> Any:
+    """``operator``, a custom operator of PyTorch, or the ``function`` that it runs, for a call with ``tensor``.
+
+    The dispatcher takes as long about a custom operator as a small kernel runs. Graphs need it; where nothing is traced
+    the function does. For calls without a gradient of their own.
+    """
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return function if plain else operator
 
 
 def backend_for(tensor: torch.Tensor) -> Backend:

@@ -55,7 +55,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tetra.kernels import native
-from tetra.kernels.backend import backend_for, on_device_of, tl, triton
+from tetra.kernels.backend import backend_for, on_device_of, operator_or_function, tl, triton
 from tetra.kernels.dropout import (
     check_dropout,
     dropout_constants,
@@ -573,8 +573,7 @@ def _norm_of(norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float) -
     return None if norm_weight is None or norm_bias is None else (norm_weight, norm_bias, eps)
 
 
-@torch.library.custom_op("tetra::blend_rows", mutates_args=())
-def _blend_rows_op(
+def _blend_rows(
     x: Tensor,
     lam: float,
     norm_weight: Tensor | None,
@@ -593,6 +592,9 @@ def _blend_rows_op(
     return run(x, lam, norm_weight, norm_bias, eps, gelu, dropout, seed, out_dtype)
 
 
+_blend_rows_op = torch.library.custom_op("tetra::blend_rows", _blend_rows, mutates_args=())
+
+
 @_blend_rows_op.register_fake
 def _(
     x: Tensor,
@@ -608,8 +610,7 @@ def _(
     return torch.empty_like(x, dtype=out_dtype)
 
 
-@torch.library.custom_op("tetra::blend_rows_backward", mutates_args=())
-def _blend_rows_backward_op(
+def _blend_rows_backward(
     grad: Tensor,
     x: Tensor,
     norm_weight: Tensor | None,
@@ -630,6 +631,9 @@ def _blend_rows_backward_op(
     return _blend_rows_backward_torch(grad, x, norm_weight, norm_bias, eps, gelu, dropout, seed)
 
 
+_blend_rows_backward_op = torch.library.custom_op("tetra::blend_rows_backward", _blend_rows_backward, mutates_args=())
+
+
 @_blend_rows_backward_op.register_fake
 def _(
     grad: Tensor,
@@ -645,14 +649,16 @@ def _(
     return torch.empty_like(x), x.new_empty((2, k), dtype=_wide(x.dtype))
 
 
-@torch.library.custom_op("tetra::blend_weight", mutates_args=())
-def _blend_weight_op(weight: Tensor, lam: float, out_dtype: torch.dtype) -> Tensor:
+def _blend_weight(weight: Tensor, lam: float, out_dtype: torch.dtype) -> Tensor:
     backend = backend_for(weight)
     if backend == "native" and native.supports("blend_weight", weight.dtype):
         return native.blend_weight(weight, lam, out_dtype)
     if _is_compiled(backend, 0, weight.dtype, out_dtype):
         return _launch_blend_weight(weight, lam, out_dtype)
     return _blend_weight_torch(weight, lam, out_dtype)
+
+
+_blend_weight_op = torch.library.custom_op("tetra::blend_weight", _blend_weight, mutates_args=())
 
 
 @_blend_weight_op.register_fake
@@ -786,7 +792,9 @@ def blend_rows(
     drawn = seed_of(seed, dropout, x.device)
     if lam == 0.0 and norm is None and drawn is None and not gelu:
         return x.to(out_dtype or x.dtype)
-    return _blend_rows_op(x.contiguous(), lam, weight, bias, eps, gelu, dropout, drawn, out_dtype or x.dtype)
+    run = operator_or_function(x, _blend_rows_op, _blend_rows)
+    y: Tensor = run(x.contiguous(), lam, weight, bias, eps, gelu, dropout, drawn, out_dtype or x.dtype)
+    return y
 
 
 def blend_rows_backward(
@@ -803,7 +811,8 @@ def blend_rows_backward(
     if norm is None and drawn is None and not gelu:
         return grad.to(x.dtype), *x.new_empty((2, 0), dtype=_wide(x.dtype))
     x, grad = x.contiguous(), grad.contiguous()
-    grad_x, sums = _blend_rows_backward_op(grad, x, weight, bias, eps, gelu, dropout, drawn)
+    run = operator_or_function(x, _blend_rows_backward_op, _blend_rows_backward)
+    grad_x, sums = run(grad, x, weight, bias, eps, gelu, dropout, drawn)
     return grad_x, sums[0], sums[1]
 
 
@@ -811,7 +820,9 @@ def blend_weight(weight: Tensor, lam: float, out_dtype: torch.dtype | None = Non
     """w of ``weight`` [N, K] in ``out_dtype``, by default weight.dtype. There is no gradient; nothing is checked."""
     if lam == 0.0:
         return weight.to(out_dtype or weight.dtype)
-    return _blend_weight_op(weight.contiguous(), lam, out_dtype or weight.dtype)
+    run = operator_or_function(weight, _blend_weight_op, _blend_weight)
+    w: Tensor = run(weight.contiguous(), lam, out_dtype or weight.dtype)
+    return w
 
 
 @overload

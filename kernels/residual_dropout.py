@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tetra.kernels import native
-from tetra.kernels.backend import backend_for, on_device_of, tl, triton
+from tetra.kernels.backend import backend_for, on_device_of, operator_or_function, tl, triton
 from tetra.kernels.dropout import (
     check_dropout,
     dropout_constants,
@@ -166,8 +166,7 @@ def _specimen(k: int, residual: str | None, y: str, out: str, dropout: float = 0
 # --- torch operators ---------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("tetra::residual_dropout", mutates_args=())
-def _residual_dropout_op(
+def _residual_dropout(
     residual: Tensor | None, y: Tensor, dropout: float, seed: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
     """residual + dropout(y) of rows [M, K], contiguous, in ``out_dtype``."""
@@ -178,6 +177,9 @@ def _residual_dropout_op(
     if backend in ("triton", "interpreter") and all(dtype in TRITON_DTYPES.values() for dtype in dtypes):
         return _launch_residual_dropout(residual, y, dropout, seed, out_dtype)
     return _residual_dropout_torch(residual, y, dropout, seed, out_dtype)
+
+
+_residual_dropout_op = torch.library.custom_op("tetra::residual_dropout", _residual_dropout, mutates_args=())
 
 
 @_residual_dropout_op.register_fake
@@ -192,7 +194,8 @@ def add_dropped(
     if seed is None:
         return (y if residual is None else residual + y).to(out_dtype)
     rows = None if residual is None else residual.reshape(-1, residual.shape[-1]).contiguous()
-    out: Tensor = _residual_dropout_op(rows, y.reshape(-1, y.shape[-1]).contiguous(), dropout, seed, out_dtype)
+    run = operator_or_function(y, _residual_dropout_op, _residual_dropout)
+    out: Tensor = run(rows, y.reshape(-1, y.shape[-1]).contiguous(), dropout, seed, out_dtype)
     return out.view(y.shape)
 
 

@@ -23,6 +23,8 @@ from tetra.layers import (
     TernaryLinear,
     name_layers,
     norm_linear,
+    resized,
+    resized_by_product,
     set_lambda,
     train_linear,
 )
@@ -601,3 +603,24 @@ def test_set_lambda_reaches_every_ternary_layer(tiny_model: TetraModel) -> None:
     for bad in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="expected 0 <= lambda <= 1"):
             set_lambda(tiny_model, bad)
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (8, 8), (4, 4), (13, 2)])
+@pytest.mark.parametrize(
+    "resize",
+    [
+        lambda x, grid: F.interpolate(x, size=grid, mode="bicubic", align_corners=False),
+        lambda x, grid: F.interpolate(x, size=grid, mode="bilinear", antialias=True, align_corners=False),
+        lambda x, grid: F.adaptive_avg_pool2d(x, grid),
+    ],
+    ids=["bicubic", "antialiased", "pooled"],
+)
+def test_resampling_as_a_product(resize: Callable[..., Tensor], grid: tuple[int, int]) -> None:
+    """What GPUs do where a gradient is wanted, with the gradient of what everyone else does."""
+    maps = torch.randn(2, 3, 8, 6, requires_grad=True)
+    found, wanted = resized_by_product(maps, lambda x: resize(x, grid)), resize(maps, grid)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn_like(wanted)
+    gradients = [torch.autograd.grad(y, maps, upstream)[0] for y in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+    assert torch.equal(resized(maps, lambda x: resize(x, grid)), wanted)  # on a CPU

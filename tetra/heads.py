@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tetra.config import BackboneConfig, HeadConfig
 from tetra.errors import ConfigError, ImageError
 from tetra.kernels import attention, attention_qkv
-from tetra.layers import Conv2d, LayerNorm, Linear, run
+from tetra.layers import Conv2d, LayerNorm, Linear, resized, run
 from tetra.vit import Features
 
 
@@ -295,11 +295,11 @@ def resample(feature_map: Tensor, grid: tuple[int, int]) -> Tensor:
     if tuple(feature_map.shape[-2:]) == grid:
         return feature_map
     if all(s % g == 0 for s, g in zip(feature_map.shape[-2:], grid, strict=True)):
-        return F.adaptive_avg_pool2d(feature_map, grid)
+        return resized(feature_map, lambda x: F.adaptive_avg_pool2d(x, grid))
     # PyTorch's antialiased filter has no half precision on CPUs.
     wide = feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
-    resized = F.interpolate(wide, size=grid, mode="bilinear", antialias=True, align_corners=False)
-    return resized.to(feature_map.dtype)
+    wide = resized(wide, lambda x: F.interpolate(x, size=grid, mode="bilinear", antialias=True, align_corners=False))
+    return wide.to(feature_map.dtype)
 
 
 class GeM(Head):

@@ -132,8 +132,8 @@ class TernaryLinear(nn.Linear):
         """[..., in_features] -> [..., out_features].
 
         Raises:
-            ValueError: the weight has NaN or infinite values, in any mode, or in ``eval()`` at lambda 1 the input
-                has; the message names the layer.
+            ValueError: the weight has NaN or infinite values (while training only on a CPU), or in ``eval()`` at
+                lambda 1 the input has; the message names the layer.
         """
         if not self.training and self.lam == 1.0:
             twin = self.twin()
@@ -148,9 +148,9 @@ class TernaryLinear(nn.Linear):
         return F.linear(blend_activation(x, self.lam), blend_weight(self.weight, self.lam), self.bias)
 
     def check_weight(self) -> None:
-        """ValueError, which names the layer, if the weight has NaN or infinite values; not in compiled graphs."""
-        if torch.compiler.is_compiling():
-            return  # a question about values would cut the graph in two; the trainer sees what comes of them
+        """On a CPU and outside compiled graphs ValueError, which names the layer, if the weight is not finite."""
+        if torch.compiler.is_compiling() or self.weight.is_cuda:
+            return  # asking for values would cut the graph in two, or wait for the GPU; the trainer sees what comes
         # A sum is finite only if every weight is, and is quicker than a tensor of answers; it may overflow, though.
         weight = self.weight.detach()
         if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
@@ -429,6 +429,24 @@ def run(module: nn.Module, x: Tensor, infer: Forward, compose: Forward, dtype: t
         y: Tensor = _InferenceForward.apply(infer, compose, x, *parameters)
         return y
     return infer(x)
+
+
+def resized(maps: Tensor, resize: Callable[[Tensor], Tensor]) -> Tensor:
+    """``resize(maps)``, some linear way to resample [B, C, rows, columns], with a gradient that repeats to the bit.
+
+    On GPUs PyTorch adds up the gradients of interpolation and pooling in any order.
+    """
+    return resized_by_product(maps, resize) if maps.is_cuda and _wants_gradient(maps) else resize(maps)
+
+
+def resized_by_product(maps: Tensor, resize: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same as a product with the matrix that single positions show."""
+    rows, columns = maps.shape[-2:]
+    single = torch.eye(rows * columns, dtype=torch.float32, device=maps.device).view(-1, 1, rows, columns)
+    with torch.autocast(maps.device.type, enabled=False):
+        found = resize(single)
+        out = maps.flatten(2) @ found.flatten(1).to(maps.dtype)
+    return out.unflatten(2, found.shape[-2:])
 
 
 def name_layers(model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from tetra.layers import (
     TernaryLinear,
     add_dropped,
     norm_linear,
+    resized,
     run,
     train_linear,
     train_linear_after,
@@ -307,7 +308,7 @@ class VisionTransformer(nn.Module):
         if grid == self.config.grid:
             return embedding
         patches = embedding[:, 1:].float().transpose(1, 2).unflatten(2, self.config.grid)
-        patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+        patches = resized(patches, lambda x: F.interpolate(x, size=grid, mode="bicubic", align_corners=False))
         # Joined in float32: autocast to bfloat16 refuses to join float16, the dtype in which packed weights may rest.
         joined = torch.cat([embedding[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)
         return joined.to(embedding.dtype)

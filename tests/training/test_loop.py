@@ -245,7 +245,8 @@ def test_the_last_validation_is_in_the_log_even_if_the_process_died_in_it(
     with pytest.raises(InterruptedError):
         distill(make_student(), teacher, config, tmp_path, validate=die, progress=False)
     (tmp_path / f".{CHECKPOINT}.17.tmp").write_text("half")
-    for die_at in ([False], [False]):
+    for _ in range(2):
+        die_at.append(False)
         distill(make_student(), teacher, config, tmp_path, validate=die, resume=True, progress=False)
         assert [row["step"] for row in read_log(tmp_path) if "recall_binary" in row] == [3, 6]
     assert len(list(tmp_path.glob("csv/part*"))) == 2  # of the first run and of the row that it lacked

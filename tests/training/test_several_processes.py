@@ -17,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tetra.errors import TrainingError
 from tetra.files import load, load_trainable
 from tetra.training.checkpoint import load_checkpoint
+from tetra.training.distributed import processes
 from tetra.training.loop import CHECKPOINT, read_log
 from tetra.training.probe import Probe, ProbeConfig, head_probe
 
@@ -255,6 +257,120 @@ def test_batches_that_processes_cant_share(recipe: dict[str, Any], tmp_path: Pat
     assert "'places_per_batch' is 5" in line
     assert "2 processes" in line
     assert list((tmp_path / "run").iterdir()) == []
+
+
+TROUBLE = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from tetra.model import TetraModel
+from tetra.training import distributed
+from tetra.training.finetune import FinetuneModule, finetune
+from tetra.training.loop import CHECKPOINT
+from tetra.training.recipe import load_recipe
+
+recipe, out = load_recipe(json.loads(sys.argv[1])), Path(sys.argv[2])
+plain = FinetuneModule.loss
+
+def spoiled(layer):
+    def loss(self, batch, progress):
+        if self.global_step < 3 or distributed.requested_rank() != 1:
+            return plain(self, batch, progress)
+        def spoil(module, inputs, output):
+            output = output.clone()
+            output[0, 1, 0] = torch.nan
+            return output
+        hook = self.model.get_submodule(layer).register_forward_hook(spoil, prepend=True)
+        try:
+            return plain(self, batch, progress)
+        finally:
+            hook.remove()
+    return loss
+
+def attempt(folder, loss=plain, base=Path(recipe.data_dir), resume=False):
+    FinetuneModule.loss = loss
+    torch.manual_seed(3)
+    try:
+        finetune(TetraModel(recipe.model()), recipe.finetune, folder, base_dir=base, resume=resume, progress=False)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+
+with distributed.processes():
+    said = {layer: attempt(out / layer, spoiled(layer)) for layer in ("backbone.blocks.0", "backbone.blocks.2")}
+    own = out / f"of {distributed.rank()}"
+    with distributed.together():
+        own.mkdir()
+        if distributed.rank() == 1:
+            (own / CHECKPOINT).write_bytes((out / "backbone.blocks.0" / CHECKPOINT).read_bytes())
+    said["checkpoint of one"] = attempt(own, resume=True)
+    said["data of one"] = attempt(out / "data", base=Path(recipe.data_dir, "one" if distributed.rank() else ""))
+    with distributed.together():
+        if distributed.rank() == 0:
+            file = out / "backbone.blocks.0" / CHECKPOINT
+            file.write_bytes(file.read_bytes()[:-50])
+    said["damaged"] = attempt(out / "backbone.blocks.0", resume=True)
+print(json.dumps(said))
+"""
+
+
+def test_what_goes_wrong_is_said_once_and_by_who_knows(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Numbers that are not finite in one process, in a block that is frozen and one that trains; files of one."""
+    recipe["backbone"]["depth"] = 3
+    recipe["finetune"]["loop"] |= {"accumulate": 2}
+    results = finish(start(2, ["-c", TROUBLE, json.dumps(recipe), str(tmp_path)]))
+    assert [status for status, _, _ in results] == [0, 0], results
+    first, second = (json.loads(out) for _, out, _ in results)
+    for layer in ("backbone.blocks.0", "backbone.blocks.2"):
+        assert first[layer] == "Stopped: 2"
+        assert second[layer].startswith("TrainingError: step 3: the loss is not finite")
+        assert f"it began in layer 'model.{layer} (Block)'" in second[layer]
+        assert [p.name for p in (tmp_path / layer).glob("*finite*")] == ["rank1-not-finite.safetensors"]
+    for said in (first, second):  # each names its own folder
+        assert "the step of the last checkpoint is 0, 2 for the processes" in said["checkpoint of one"]
+    assert "the number of training items is 8, 4 for the processes" in first["data of one"]
+    assert "not a readable checkpoint" in first["damaged"]
+    assert second["data of one"] == second["damaged"] == "Stopped: 2"
+
+
+def test_one_of_several_is_asked_to_stop(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """It does so at once, whatever the others are at; they see that it has gone."""
+    recipe["distill"]["max_steps"] = 100_000
+    processes = start(2, train(written(recipe, tmp_path), tmp_path / "run"))
+    checkpoint = tmp_path / "run/distill" / CHECKPOINT
+    deadline = time.monotonic() + TIMEOUT_S
+    while not checkpoint.exists() and time.monotonic() < deadline and processes[0].poll() is None:
+        time.sleep(0.002)
+    processes[0].send_signal(signal.SIGTERM)
+    (status, _, err), (other_status, _, other_err) = finish(processes)
+    assert status == 143, err
+    assert "resuming goes on from the last checkpoint" in err
+    assert other_status == 2, other_err
+    assert len(errors(other_err)) == 1
+
+
+@pytest.mark.parametrize("absent", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_an_environment_that_torchrun_did_not_make(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv(absent)
+    with pytest.raises(TrainingError, match=f"WORLD_SIZE is 2.*{absent} is not set.*torchrun"), processes():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"), [("5", "RANK is 5.*0 to 1"), ("0", "don't find each other at 127.0.0.1:")]
+)
+def test_processes_that_do_not_find_each_other(rank: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**facts, "MASTER_PORT": taken.getsockname()[1], "CUDA_VISIBLE_DEVICES": ""}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(TrainingError, match=message), processes():
+            pass
 
 
 TOGETHER = """
