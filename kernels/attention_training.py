@@ -843,7 +843,11 @@ class _AttentionTrain(torch.autograd.Function):
 
     forward = staticmethod(_attention_train)
     setup_context = staticmethod(_keep_for_backward)
-    backward = staticmethod(once_differentiable(_backward))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _backward(ctx, *grads)
 
 
 # --- public ------------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         message = f"process {os.environ.get('RANK', '0')}: {message}"
     print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
@@ -735,7 +735,7 @@ def _config_text(config: dict[str, object]) -> str:
 @train_app.command("run")
 def train_run(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe: nano.")
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe: nano, vit-s, vit-b.")
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of checkpoints, logs and the model.")],
     data: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the recipe's relative folders start.")] = None,

@@ -44,7 +44,7 @@ def cnn_teacher(width: int = 20) -> CnnTeacher:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 def test_distilling_from_a_transformer_with_attention(
@@ -61,7 +61,7 @@ def test_distilling_from_a_transformer_with_attention(
         assert torch.isfinite(tensor).all(), name
         # Only the backbone trains; the head is for the second stage.
         assert torch.equal(tensor, before[name]) == name.startswith("head."), name
-    for name, tensor in teacher.state_dict().items():
+    for name, tensor in state_of(teacher).items():
         assert torch.equal(tensor, teacher_before[name]), name
     assert all(m.lam == 1.0 for m in model.modules() if isinstance(m, TernaryLinear))
 

@@ -33,7 +33,7 @@ def settings(pictures: Path, **changes: Any) -> FinetuneConfig:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("full_precision_blocks", [0, 1])

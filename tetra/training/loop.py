@@ -240,7 +240,7 @@ class StageModule(L.LightningModule):
                 figures = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
                 raise TrainingError(
                     f"step {self.global_step}: the {what} is not finite ({figures}); it began in {where}; {kept}; "
-                    "begin again in another folder, with a lower learning rate or another seed"
+                    "lower the learning rate or change the seed, and begin again in another folder"
                 )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -263,7 +263,7 @@ class StageModule(L.LightningModule):
     def _overflow(self, what: str) -> TrainingError:
         """The error for weights that have become useless in a step whose loss and gradient were finite."""
         return TrainingError(
-            f"step {self.global_step}: {what}; begin again in another folder, with a lower learning rate"
+            f"step {self.global_step}: {what}; lower the learning rate and begin again in another folder"
         )
 
     @contextmanager
@@ -531,17 +531,20 @@ def _strategy(accelerator: str) -> Any:
 
 @contextmanager
 def _options(model: TetraModel, loop: LoopConfig) -> Iterator[None]:
-    """Within this context the backbone recomputes and is compiled as ``loop`` says."""
-    backbone = model.backbone
-    before = backbone.recompute
-    backbone.recompute = loop.recompute
+    """Within this context the backbone recomputes and is compiled as ``loop`` says, and convolutions repeat their bits."""
+    backbone, cudnn = model.backbone, torch.backends.cudnn
+    before, was_deterministic = backbone.recompute, cudnn.deterministic
+    backbone.recompute, cudnn.deterministic = loop.recompute, True
     try:
         if loop.compile:
             for block in backbone.blocks:
                 block.compile()
-        yield
+        # What PyTorch 2.13 keeps on disk of a compiled block crashes the next process: its results that are views,
+        # such as queries and keys, get sizes out of nowhere. Compiled kernels are still kept.
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            yield
     finally:
-        backbone.recompute = before
+        backbone.recompute, cudnn.deterministic = before, was_deterministic
         for block in backbone.blocks:
             block._compiled_call_impl = None
 
