@@ -531,7 +531,7 @@ def _strategy(accelerator: str) -> Any:
 
 @contextmanager
 def _options(model: TetraModel, loop: LoopConfig) -> Iterator[None]:
-    """Within this context the backbone recomputes and is compiled as ``loop`` says, and convolutions repeat their bits."""
+    """Within this context the backbone runs as ``loop`` says, and convolutions repeat their bits."""
     backbone, cudnn = model.backbone, torch.backends.cudnn
     before, was_deterministic = backbone.recompute, cudnn.deterministic
     backbone.recompute, cudnn.deterministic = loop.recompute, True
