@@ -61,6 +61,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tetra.autotune.table import lookup
+from tetra.kernels import native
 from tetra.kernels.attention import (
     QKV_DTYPES,
     _load_tile,
@@ -130,6 +131,8 @@ def _chunks(t: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T) of maps [n, T, D]."""
+    if backend_for(q) == "native" and native.supports("softmax", q.dtype):
+        return native.softmax_(torch.bmm(q, k.transpose(1, 2)), scale)
     logits = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
     return torch.softmax(logits, dim=-1, out=logits)
 
@@ -789,7 +792,10 @@ def _attention_train(qkv: Tensor, n_heads: int, dropout: float, seed: Tensor | N
     """Result, and the logits' log-sum-exp [B, H, T], which is empty where the backward pass does not need it."""
     if _is_compiled(qkv, n_heads, dropout):
         return _launch_forward(qkv, n_heads, dropout, seed)
-    return _forward_torch(qkv, n_heads, dropout, seed), qkv.new_empty((0,), dtype=torch.float32)
+    nothing = qkv.new_empty((0,), dtype=torch.float32)
+    if seed is None and backend_for(qkv) == "native" and native.supports("attention_qkv", qkv.dtype):
+        return native.attention_qkv(qkv, n_heads), nothing  # the kernel that infers, half as long
+    return _forward_torch(qkv, n_heads, dropout, seed), nothing
 
 
 _attention_train_op = torch.library.custom_op("tetra::attention_train", _attention_train, mutates_args=())

@@ -139,14 +139,18 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether a graph is being made of what happens to ``tensor``, which may hold no values then."""
+    return torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+
+
 def operator_or_function(tensor: torch.Tensor, operator: Any, function: Callable[..., Any]) -> Any:
     """``operator``, a custom operator of PyTorch, or the ``function`` that it runs, for a call with ``tensor``.
 
     The dispatcher takes as long about a custom operator as a small kernel runs. Graphs need it; where nothing is traced
     the function does. For calls without a gradient of their own.
     """
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    return function if plain else operator
+    return operator if is_traced(tensor) else function
 
 
 def backend_for(tensor: torch.Tensor) -> Backend:

@@ -55,7 +55,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tetra.kernels import native
-from tetra.kernels.backend import backend_for, on_device_of, operator_or_function, tl, triton
+from tetra.kernels.backend import backend_for, is_traced, on_device_of, operator_or_function, tl, triton
 from tetra.kernels.dropout import (
     check_dropout,
     dropout_constants,
@@ -731,14 +731,18 @@ class _BlendedLinear(torch.autograd.Function):
             grad = grad.reshape(len(rows), len(weight)).to(dtype)
             if needs[0] or needs[1] or needs[4] or needs[5]:
                 grad_rows = grad @ blend_weight(weight, lam, dtype)
-                grad_rows, *grad_norm = blend_rows_backward(grad_rows, rows, norm, gelu, dropout, seed)
+                if needs[2]:
+                    grad_rows, *grad_norm, y = blend_rows_again(grad_rows, rows, lam, norm, gelu, dropout, seed)
+                else:
+                    grad_rows, *grad_norm = blend_rows_backward(grad_rows, rows, norm, gelu, dropout, seed)
                 grad_x = grad_rows.view(x.shape)
                 if grad_total is not None:
                     grad_x += grad_total
                 if norm is not None:
                     found[4], found[5] = (g.to(p.dtype) for g, p in zip(grad_norm, norm[:2], strict=True))
-            if needs[2]:
+            elif needs[2]:
                 y = blend_rows(rows, lam, norm, gelu, dropout, seed, dtype)
+            if needs[2]:
                 found[2] = (grad.T @ y).to(weight.dtype)
             if needs[3]:
                 found[3] = grad.sum(0).to(ctx.bias_dtype)
@@ -814,6 +818,26 @@ def blend_rows_backward(
     run = operator_or_function(x, _blend_rows_backward_op, _blend_rows_backward)
     grad_x, sums = run(grad, x, weight, bias, eps, gelu, dropout, drawn)
     return grad_x, sums[0], sums[1]
+
+
+def blend_rows_again(
+    grad: Tensor,
+    x: Tensor,
+    lam: float,
+    norm: Norm | None = None,
+    gelu: bool = False,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`blend_rows_backward`, and y in grad.dtype, which the weight's gradient needs; on CPUs in one pass."""
+    drawn = seed_of(seed, dropout, x.device)
+    does_nothing = norm is None and drawn is None and not gelu and lam == 0.0
+    native_takes = backend_for(x) == "native" and all(native.supports("blend_rows", t.dtype) for t in (x, grad))
+    if native_takes and not does_nothing and not is_traced(x):
+        number = 0 if drawn is None else int(drawn)
+        return native.blend_rows_again(grad.contiguous(), x.contiguous(), lam, norm, gelu, dropout, number)
+    found = blend_rows_backward(grad, x, norm, gelu, dropout, drawn)
+    return *found, blend_rows(x, lam, norm, gelu, dropout, drawn, grad.dtype)
 
 
 def blend_weight(weight: Tensor, lam: float, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -55,7 +55,7 @@ _INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "portable": (),
 }
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}  # Format in vectors.hpp
-TRAINING_OPERATIONS = ("blend_rows", "blend_weight")  # the first with its backward
+TRAINING_OPERATIONS = ("blend_rows", "blend_weight", "softmax")  # the first with its backward
 OPERATIONS = (
     "quantize_rows",
     "norm_quantize",
@@ -236,12 +236,17 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.tetra_attention.argtypes = [_POINTER, _INT, *[_LONG] * 6, _FLOAT, _POINTER, _LONG]
     activation: list[Any] = [_POINTER, _INT, _LONG, _LONG, _INT, ctypes.c_double, _LONG, *[_POINTER, _INT] * 2, _FLOAT]
     library.tetra_blend_rows.argtypes = [*activation, _FLOAT, _POINTER, _INT, _LONG]
-    library.tetra_blend_rows_backward.argtypes = [*activation, _POINTER, _INT, *[_POINTER] * 3, _LONG]
+    library.tetra_blend_rows_backward.argtypes = [
+        *activation,
+        *(_POINTER, _INT, *[_POINTER] * 3, _FLOAT, _POINTER, _LONG),
+    ]
+    library.tetra_softmax.argtypes = [_POINTER, _INT, _LONG, _LONG, _FLOAT, _LONG]
     library.tetra_blend_weight.argtypes = [_POINTER, _INT, _LONG, _FLOAT, _POINTER, _INT, _LONG]
     for name in (
         "tetra_rows",
         "tetra_ternary_linear",
         "tetra_attention",
+        "tetra_softmax",
         "tetra_blend_rows",
         "tetra_blend_rows_backward",
         "tetra_blend_weight",
@@ -561,6 +566,23 @@ def attention_qkv(qkv: Tensor, n_heads: int, prescaled: bool = False) -> Tensor:
     return out
 
 
+def softmax_(logits: Tensor, scale: float) -> Tensor:
+    """softmax(scale * logits) over the last dimension, in place; ``logits`` contiguous."""
+    library = _loaded()
+    assert library is not None  # callers have asked
+    n = logits.shape[-1]
+    if logits.numel():
+        library.tetra_softmax(
+            logits.data_ptr(),
+            _FORMATS[logits.dtype],
+            logits.numel() // n,
+            n,
+            scale * 1.4426950408889634,  # exp(x) = 2^(x log2 e)
+            torch.get_num_threads(),
+        )
+    return logits
+
+
 def _activation(
     x: Tensor, norm: tuple[Tensor, Tensor, float] | None, gelu: bool, dropout: float, seed: int | Tensor
 ) -> list[object]:
@@ -609,6 +631,34 @@ def blend_rows_backward(
 
     The last two are float32 [K], or empty without ``norm``.
     """
+    return _blend_rows_backward(grad, x, norm, gelu, dropout, seed, 0.0, None)
+
+
+def blend_rows_again(
+    grad: Tensor,
+    x: Tensor,
+    lam: float,
+    norm: tuple[Tensor, Tensor, float] | None,
+    gelu: bool,
+    dropout: float,
+    seed: int | Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``blend_rows_backward``, and ``blend_rows`` in grad.dtype, in one pass over the rows."""
+    y = torch.empty(grad.shape, dtype=_readable(grad).dtype)
+    return *_blend_rows_backward(grad, x, norm, gelu, dropout, seed, lam, y), y.to(grad.dtype)
+
+
+def _blend_rows_backward(
+    grad: Tensor,
+    x: Tensor,
+    norm: tuple[Tensor, Tensor, float] | None,
+    gelu: bool,
+    dropout: float,
+    seed: int | Tensor,
+    lam: float,
+    y: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Also writes ``y``, if there is one, in the dtype in which ``grad`` is read."""
     library = _loaded()
     assert library is not None  # callers have asked
     grad_x = torch.empty_like(x)
@@ -619,6 +669,8 @@ def blend_rows_backward(
         grad_x.data_ptr(),
         sums[0].data_ptr(),
         sums[1].data_ptr(),
+        lam,
+        None if y is None else y.data_ptr(),
         torch.get_num_threads(),
     )
     return grad_x, sums[0], sums[1]

@@ -214,4 +214,44 @@ inline void run(const Attention& task, int64_t threads) {
     });
 }
 
+// Softmax of logits [m][n], in place: 2^(scale x), normalised.
+struct Softmax {
+    void* x;
+    int32_t format;
+    int64_t m, n;
+    float scale;
+};
+
+template <class X> void softmax_in_place(typename X::Element* x, int64_t n, float scale, float* buffer) {
+    Floats best = splat(-1e30f), sum = {};
+    for (int64_t i = 0; i < n; i += LANES) {
+        store(buffer + i, load_first<X>(x + i, n - i));
+        if (n - i < LANES) std::fill(buffer + n, buffer + i + LANES, -1e30f);
+        best = largest(best, load<Floats>(buffer + i));
+    }
+    const Floats offset = splat(largest_of(best) * scale);
+    for (int64_t i = 0; i < n; i += LANES) {
+        const Floats weight = exp2_of(load<Floats>(buffer + i) * scale - offset);
+        sum += weight;
+        store(buffer + i, weight);
+    }
+    const float factor = 1.0f / sum_of(sum);
+    for (int64_t i = 0; i < n; i += LANES) store_first<X>(x + i, load<Floats>(buffer + i) * factor, n - i);
+}
+
+inline void run(const Softmax& task, int64_t threads) {
+    constexpr int64_t rows_a_task = 64;
+    parallel_for((task.m + rows_a_task - 1) / rows_a_task, threads, [&](int64_t i) {
+        thread_local Scratch memory;
+        float* buffer = memory.get<float>(task.n + LANES);
+        with_type(task.format, [&](auto type) {
+            using X = decltype(type);
+            auto* x = static_cast<typename X::Element*>(task.x);
+            for (int64_t row = i * rows_a_task; row < std::min(task.m, (i + 1) * rows_a_task); row++) {
+                softmax_in_place<X>(x + row * task.n, task.n, task.scale, buffer);
+            }
+        });
+    });
+}
+
 }  // namespace tetra

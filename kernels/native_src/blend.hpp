@@ -75,6 +75,8 @@ struct BlendRowsBackward {
     void* grad_x;       // [m][k], in x's format
     float* grad_weight;  // [k]; not written without LayerNorm
     float* grad_bias;    // [k]
+    float lambda;
+    void* out;  // what BlendRows gives, once more, in grad's format; null: not wanted
 };
 
 // out = W + lambda (Q(W) - W), n values; Q is ternary.
@@ -108,24 +110,28 @@ template <class X, bool SLOPE> INLINE void activate_row(const Activation& rows, 
     if (SLOPE) std::fill(slope + k, slope + padded(k), 0.0f);
 }
 
-template <class X, class Y> void blend_row(const BlendRows& task, int64_t row, float* v, const float* parameters) {
-    const Activation& rows = task.activation;
-    const int64_t k = rows.k, n = padded(k);
+// v + lambda (Q(v) - v) of a row whose largest magnitude is known.
+template <class Y>
+INLINE void write_blend(const float* v, int64_t k, float magnitude, float lambda, typename Y::Element* out) {
     const auto value = [&](int64_t i) { return load<Floats>(v + i); };
-    typename Y::Element* out = static_cast<typename Y::Element*>(task.out) + row * k;
-    activate_row<X, false>(rows, row, v, nullptr);
-    float magnitude = 0.0f;
-    if (rows.weight) magnitude = normalize_row(v, k, rows.eps, parameters, parameters + n);
-    if (task.lambda == 0.0f) {
+    if (lambda == 0.0f) {
         for (int64_t i = 0; i < k; i += LANES) store_first<Y>(out + i, value(i), k - i);
         return;
     }
-    if (!rows.weight) magnitude = largest_magnitude(n, value);
     if (magnitude < 1e-5f) magnitude = 1e-5f;
-    const float factor = 127.0f / magnitude, scale = magnitude / 127.0f * task.lambda, rest = 1.0f - task.lambda;
+    const float factor = 127.0f / magnitude, scale = magnitude / 127.0f * lambda, rest = 1.0f - lambda;
     for (int64_t i = 0; i < k; i += LANES) {
         store_first<Y>(out + i, round_to_even(value(i) * factor) * scale + value(i) * rest, k - i);
     }
+}
+
+template <class X, class Y> void blend_row(const BlendRows& task, int64_t row, float* v, const float* parameters) {
+    const Activation& rows = task.activation;
+    const int64_t k = rows.k, n = padded(k);
+    activate_row<X, false>(rows, row, v, nullptr);
+    const float magnitude = rows.weight ? normalize_row(v, k, rows.eps, parameters, parameters + n)
+                                        : largest_magnitude(n, [&](int64_t i) { return load<Floats>(v + i); });
+    write_blend<Y>(v, k, magnitude, task.lambda, static_cast<typename Y::Element*>(task.out) + row * k);
 }
 
 // LayerNorm's parameters [2][padded(k)], once for all rows; zero past the end, so that padding gives zero.
@@ -168,16 +174,23 @@ void backward_row(const BlendRowsBackward& task, int64_t row, float* buffers, co
     const int64_t k = rows.k, n = padded(k);
     const typename G::Element* grad = static_cast<const typename G::Element*>(task.grad) + row * k;
     typename X::Element* grad_x = static_cast<typename X::Element*>(task.grad_x) + row * k;
-    float *t = buffers, *slope = buffers + n, *g = buffers + 2 * n;
+    typename G::Element* out = static_cast<typename G::Element*>(task.out) + row * k;
+    float *t = buffers, *slope = buffers + n, *g = buffers + 2 * n, *v = buffers + 3 * n;
     activate_row<X, true>(rows, row, t, slope);
     if (!rows.weight) {
+        if (task.out) {
+            const float magnitude = largest_magnitude(n, [&](int64_t i) { return load<Floats>(t + i); });
+            write_blend<G>(t, k, magnitude, task.lambda, out);
+        }
         for (int64_t i = 0; i < k; i += LANES) {
             store_first<X>(grad_x + i, load_first<G>(grad + i, k - i) * load<Floats>(slope + i), k - i);
         }
         return;
     }
     const Moments moments = moments_of(t, k, rows.eps);
+    const float* bias = weight + n;
     Floats g_sum = {}, product_sum = {};
+    Ints best = {};
     for (int64_t i = 0; i < k; i += LANES) {
         const Floats upstream = load_first<G>(grad + i, k - i);
         const Floats h = (load<Floats>(t + i) - moments.mean) * moments.factor;
@@ -186,9 +199,15 @@ void backward_row(const BlendRowsBackward& task, int64_t row, float* buffers, co
         store(grad_weight + i, load<Floats>(grad_weight + i) + upstream * h);
         store(t + i, h);
         store(g + i, scaled);
+        if (task.out) {
+            const Floats y = h * load<Floats>(weight + i) + load<Floats>(bias + i);
+            store(v + i, y);
+            best = largest(best, bits<Ints>(y) & 0x7fffffff);
+        }
         g_sum += scaled;
         product_sum += scaled * h;
     }
+    if (task.out) write_blend<G>(v, k, bits<float>(largest_of(best)), task.lambda, out);
     const float g_mean = sum_of(g_sum) / static_cast<float>(k), slant = sum_of(product_sum) / static_cast<float>(k);
     for (int64_t i = 0; i < k; i += LANES) {
         const Floats grad_t = (load<Floats>(g + i) - g_mean - load<Floats>(t + i) * slant) * moments.factor;
@@ -209,7 +228,7 @@ inline void run(const BlendRowsBackward& task, int64_t threads) {
     float* sums = rows.weight ? sum_memory.get<float>(std::max<int64_t>(n_parts, 1) * 2 * n) : nullptr;
     parallel_for(n_parts, useful_threads(threads, rows.m * rows.k), [&](int64_t part) {
         thread_local Scratch memory;
-        float* buffers = memory.get<float>(3 * n);
+        float* buffers = memory.get<float>(4 * n);
         float *grad_weight = nullptr, *grad_bias = nullptr;
         if (rows.weight) {
             grad_weight = sums + part * 2 * n, grad_bias = grad_weight + n;

@@ -63,6 +63,10 @@ void tetra_attention(const void* qkv, int32_t format, int64_t batch, int64_t tok
                threads);
 }
 
+void tetra_softmax(void* x, int32_t format, int64_t m, int64_t n, float scale, int64_t threads) {
+    tetra::run(tetra::Softmax{x, format, m, n, scale}, threads);
+}
+
 void tetra_blend_rows(const void* x, int32_t format, int64_t m, int64_t k, int32_t gelu, double dropout,
                       int64_t seed, const void* weight, int32_t weight_format, const void* bias, int32_t bias_format,
                       float eps, float lambda, void* out, int32_t out_format, int64_t threads) {
@@ -75,10 +79,10 @@ void tetra_blend_rows(const void* x, int32_t format, int64_t m, int64_t k, int32
 void tetra_blend_rows_backward(const void* x, int32_t format, int64_t m, int64_t k, int32_t gelu, double dropout,
                                int64_t seed, const void* weight, int32_t weight_format, const void* bias,
                                int32_t bias_format, float eps, const void* grad, int32_t grad_format, void* grad_x,
-                               float* grad_weight, float* grad_bias, int64_t threads) {
+                               float* grad_weight, float* grad_bias, float lambda, void* out, int64_t threads) {
     tetra::run(tetra::BlendRowsBackward{{x, format, m, k, gelu != 0, tetra::Dropout(dropout, seed), weight,
                                          weight_format, bias, bias_format, eps},
-                                        grad, grad_format, grad_x, grad_weight, grad_bias},
+                                        grad, grad_format, grad_x, grad_weight, grad_bias, lambda, out},
                threads);
 }
 
