@@ -236,7 +236,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.tetra_attention.argtypes = [_POINTER, _INT, *[_LONG] * 6, _FLOAT, _POINTER, _LONG]
     activation: list[Any] = [_POINTER, _INT, _LONG, _LONG, _INT, ctypes.c_double, _LONG, *[_POINTER, _INT] * 2, _FLOAT]
     library.tetra_blend_rows.argtypes = [*activation, _FLOAT, _POINTER, _INT, _LONG]
-    gradients = [_POINTER, _INT, *[_POINTER] * 3]
+    gradients: list[Any] = [_POINTER, _INT, *[_POINTER] * 3]
     library.tetra_blend_rows_backward.argtypes = [*activation, *gradients, _FLOAT, _POINTER, _LONG]
     library.tetra_softmax.argtypes = [_POINTER, _INT, _LONG, _LONG, _FLOAT, _LONG]
     library.tetra_blend_weight.argtypes = [_POINTER, _INT, _LONG, _FLOAT, _POINTER, _INT, _LONG]
