@@ -820,6 +820,10 @@ def blend_rows_backward(
     return grad_x, sums[0], sums[1]
 
 
+def _native_takes(x: Tensor, grad: Tensor) -> bool:
+    return backend_for(x) == "native" and all(native.supports("blend_rows", t.dtype) for t in (x, grad))
+
+
 def blend_rows_again(
     grad: Tensor,
     x: Tensor,
@@ -832,8 +836,7 @@ def blend_rows_again(
     """:func:`blend_rows_backward`, and y in grad.dtype, which the weight's gradient needs; on CPUs in one pass."""
     drawn = seed_of(seed, dropout, x.device)
     does_nothing = norm is None and drawn is None and not gelu and lam == 0.0
-    native_takes = backend_for(x) == "native" and all(native.supports("blend_rows", t.dtype) for t in (x, grad))
-    if native_takes and not does_nothing and not is_traced(x):
+    if not (does_nothing or is_traced(x)) and _native_takes(x, grad):
         number = 0 if drawn is None else int(drawn)
         return native.blend_rows_again(grad.contiguous(), x.contiguous(), lam, norm, gelu, dropout, number)
     found = blend_rows_backward(grad, x, norm, gelu, dropout, drawn)
