@@ -56,7 +56,7 @@ Results = dict[str, dict[str, Tensor]]
 def evaluate(folder: Path, device: str) -> Results:
     """Tokens, descriptors before normalisation, and codes of every case in ``folder``."""
     results = {}
-    for name, dtype, images in torch.load(folder / "cases.pt"):
+    for name, dtype, images in torch.load(folder / "cases.pt", weights_only=True):
         model = load(folder / f"{name}.safetensors", device=device)
         model.compute_dtype = getattr(torch, dtype)
         features = model.features(images.to(device))
@@ -95,7 +95,7 @@ def run(folder: Path, backend: str, device: str = "cpu") -> Results:
         # Kernels are interpreted or not from when they are defined, so this takes a process of its own.
         done = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    results: Results = torch.load(folder / "interpreted.pt")
+    results: Results = torch.load(folder / "interpreted.pt", weights_only=True)
     return results
 
 

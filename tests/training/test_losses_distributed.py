@@ -76,7 +76,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
         pytest.skip("this PyTorch has no torch.distributed")
     folder = tmp_path_factory.mktemp("ranks")
     multiprocessing.start_processes(run_rank, (folder,), nprocs=max(WORLD_SIZES), start_method="spawn")
-    return {n: [torch.load(folder / f"{n}_{rank}.pt") for rank in range(n)] for n in WORLD_SIZES}
+    files = {n: [folder / f"{n}_{rank}.pt" for rank in range(n)] for n in WORLD_SIZES}
+    return {n: [torch.load(file, weights_only=True) for file in files[n]] for n in WORLD_SIZES}
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
