@@ -10,7 +10,7 @@ from tetra.kernels.attention_distillation import attention_distillation
 from tetra.kernels.attention_training import attention_train
 from tetra.kernels.bits import pack_bits, pack_bits_checked, unpack_bits
 from tetra.kernels.blended_linear import blended_linear
-from tetra.kernels.hamming_search import hamming_search
+from tetra.kernels.hamming_search import hamming_distances, hamming_range_search, hamming_search
 from tetra.kernels.layer_norm import layer_norm
 from tetra.kernels.patches import patch_rows
 from tetra.kernels.residual_dropout import residual_dropout
@@ -35,6 +35,8 @@ __all__ = [
     "attention_train",
     "blended_linear",
     "check_packed",
+    "hamming_distances",
+    "hamming_range_search",
     "hamming_search",
     "layer_norm",
     "norm_quantize",

@@ -63,6 +63,7 @@ OPERATIONS = (
     "ternary_linear",
     "ternary_matmul_int32",
     "attention_qkv",
+    "hamming",
     *TRAINING_OPERATIONS,
 )
 
@@ -240,6 +241,10 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.tetra_blend_rows_backward.argtypes = [*activation, *gradients, _FLOAT, _POINTER, _LONG]
     library.tetra_softmax.argtypes = [_POINTER, _INT, _LONG, _LONG, _FLOAT, _LONG]
     library.tetra_blend_weight.argtypes = [_POINTER, _INT, _LONG, _FLOAT, _POINTER, _INT, _LONG]
+    codes: list[Any] = [_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _LONG]
+    library.tetra_hamming_nearest.argtypes = [*codes, _POINTER, _LONG, _POINTER, _POINTER, _LONG]
+    library.tetra_hamming_within.argtypes = [*codes, _POINTER, _INT, *[_POINTER] * 4, _LONG]
+    library.tetra_hamming_all.argtypes = [*codes, _POINTER, _LONG]
     for name in (
         "tetra_rows",
         "tetra_ternary_linear",
@@ -248,6 +253,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "tetra_blend_rows",
         "tetra_blend_rows_backward",
         "tetra_blend_weight",
+        "tetra_hamming_nearest",
+        "tetra_hamming_within",
+        "tetra_hamming_all",
     ):
         getattr(library, name).restype = None
     library.tetra_use_threads_of.argtypes = [_POINTER]
@@ -314,16 +322,15 @@ def supports(name: str, dtype: torch.dtype) -> bool:
     """Whether operation ``name`` runs here for ``dtype``, and was not measured to be slower than plain PyTorch.
 
     ``dtype`` is that of the floating input, for ``ternary_linear`` that of the output, for
-    ``ternary_matmul_int32`` int8.
+    ``ternary_matmul_int32`` int8, for ``hamming`` uint8.
     """
     if name not in OPERATIONS:
         raise ValueError(f"name is {name!r}, wanted one of {', '.join(OPERATIONS)}")
     library = None if _off.get() else _loaded()
     if library is None or (name, dtype) in _slower:
         return False
-    if name == "ternary_matmul_int32":
-        return dtype == torch.int8
-    return _known(dtype)
+    integer = {"ternary_matmul_int32": torch.int8, "hamming": torch.uint8}.get(name)
+    return _known(dtype) if integer is None else dtype == integer
 
 
 def prefer(name: str, dtype: torch.dtype, compiled: bool) -> None:
@@ -690,3 +697,67 @@ def blend_weight(weight: Tensor, lam: float, out_dtype: torch.dtype) -> Tensor:
         torch.get_num_threads(),
     )
     return out.to(out_dtype)
+
+
+_HAMMING_BYTES_A_THREAD = 1 << 20  # compared; less is done before a second thread has started
+
+
+def _codes(queries: Tensor, database: Tensor) -> list[object]:
+    """The arguments that all searches share. Callers keep the tensors; rows may be any number of bytes apart."""
+    queries, database = (codes if codes.stride(1) == 1 else codes.contiguous() for codes in (queries, database))
+    return [queries, len(queries), queries.stride(0), database, len(database), database.stride(0), database.shape[1]]
+
+
+def _addresses(arguments: list[object]) -> Iterator[object]:
+    for argument in arguments:
+        yield argument.data_ptr() if isinstance(argument, Tensor) else argument
+
+
+def hamming_threads(queries: Tensor, database: Tensor, threads: int | None) -> int:
+    """As many as are asked for, or as PyTorch uses, but one where that many would cost more than they do."""
+    useful = len(queries) * database.shape[0] * database.shape[1] // _HAMMING_BYTES_A_THREAD + 1
+    return threads or min(torch.get_num_threads(), useful)
+
+
+def hamming_search(
+    queries: Tensor, database: Tensor, k: int, allowed: Tensor | None, threads: int | None
+) -> tuple[Tensor, Tensor]:
+    """The k nearest allowed rows of ``database`` (uint8 [R, B]); see ``tetra.kernels.hamming_search``.
+
+    Distances int32 and rows int64 [Q, k], -1 where fewer rows are allowed.
+    """
+    library = _loaded()
+    assert library is not None  # callers have asked
+    distances = torch.empty((len(queries), k), dtype=torch.int32)
+    rows = torch.empty((len(queries), k), dtype=torch.int64)
+    arguments = [*_codes(queries, database), None if allowed is None else allowed.contiguous(), k, distances, rows]
+    library.tetra_hamming_nearest(*_addresses(arguments), hamming_threads(queries, database, threads))
+    return distances, rows
+
+
+def hamming_range_search(
+    queries: Tensor, database: Tensor, radius: int, allowed: Tensor | None, threads: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allowed rows within ``radius``: offsets int64 [Q + 1], distances int32 [N], rows int64 [N]."""
+    library = _loaded()
+    assert library is not None  # callers have asked
+    arguments = [*_codes(queries, database), None if allowed is None else allowed.contiguous(), radius]
+    n_threads = hamming_threads(queries, database, threads)
+    offsets = torch.zeros(len(queries) + 1, dtype=torch.int64)
+    library.tetra_hamming_within(*_addresses([*arguments, offsets[1:], None, None, None]), n_threads)
+    offsets = offsets.cumsum(0)
+    n = int(offsets[-1])
+    distances, rows = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int64)
+    if n:
+        library.tetra_hamming_within(*_addresses([*arguments, None, offsets, distances, rows]), n_threads)
+    return offsets, distances, rows
+
+
+def hamming_distances(queries: Tensor, database: Tensor, threads: int | None) -> Tensor:
+    """Every distance, int32 [Q, R]."""
+    library = _loaded()
+    assert library is not None  # callers have asked
+    arguments = _codes(queries, database)
+    out = torch.empty((len(queries), len(database)), dtype=torch.int32)
+    library.tetra_hamming_all(*_addresses(arguments), out.data_ptr(), hamming_threads(queries, database, threads))
+    return out

@@ -3,6 +3,7 @@
 
 #include "attention.hpp"
 #include "blend.hpp"
+#include "hamming.hpp"
 #include "rows.hpp"
 #include "ternary.hpp"
 
@@ -89,6 +90,27 @@ void tetra_blend_rows_backward(const void* x, int32_t format, int64_t m, int64_t
 void tetra_blend_weight(const void* weight, int32_t format, int64_t n, float lambda, void* out, int32_t out_format,
                         int64_t threads) {
     tetra::run(tetra::BlendWeight{weight, format, n, lambda, out, out_format}, threads);
+}
+
+void tetra_hamming_nearest(const uint8_t* queries, int64_t n_queries, int64_t query_stride, const uint8_t* database,
+                           int64_t n_rows, int64_t row_stride, int64_t n_bytes, const uint8_t* allowed, int64_t k,
+                           int32_t* distances, int64_t* rows, int64_t threads) {
+    tetra::hamming_nearest({queries, n_queries, query_stride, database, n_rows, row_stride, n_bytes, allowed}, k,
+                           distances, rows, threads);
+}
+
+void tetra_hamming_within(const uint8_t* queries, int64_t n_queries, int64_t query_stride, const uint8_t* database,
+                          int64_t n_rows, int64_t row_stride, int64_t n_bytes, const uint8_t* allowed, int32_t radius,
+                          int64_t* counts, const int64_t* offsets, int32_t* distances, int64_t* rows,
+                          int64_t threads) {
+    tetra::hamming_within({queries, n_queries, query_stride, database, n_rows, row_stride, n_bytes, allowed}, radius,
+                          counts, offsets, distances, rows, threads);
+}
+
+void tetra_hamming_all(const uint8_t* queries, int64_t n_queries, int64_t query_stride, const uint8_t* database,
+                       int64_t n_rows, int64_t row_stride, int64_t n_bytes, int32_t* out, int64_t threads) {
+    tetra::hamming_all({queries, n_queries, query_stride, database, n_rows, row_stride, n_bytes, nullptr}, out,
+                       threads);
 }
 
 }  // extern "C"

@@ -438,8 +438,10 @@ def test_what_is_supported() -> None:
     if not native.available():
         pytest.skip("the C++ kernels can't be built here")
     for name in native.OPERATIONS:
-        assert native.supports(name, torch.int8) == (name == "ternary_matmul_int32")
-        assert native.supports(name, torch.float32) == (name != "ternary_matmul_int32")
+        integer = {"ternary_matmul_int32": torch.int8, "hamming": torch.uint8}.get(name)
+        for dtype in (torch.int8, torch.uint8):
+            assert native.supports(name, dtype) == (dtype == integer)
+        assert native.supports(name, torch.float32) == (integer is None)
         assert not native.supports(name, torch.float64)
 
 
