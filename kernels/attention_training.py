@@ -23,10 +23,10 @@ Numerics
 
 Where what runs
     CUDA, float16 and bfloat16: the compiled kernels, for D <= 96, and D = 128 without dropout.
-    bfloat16 on CPUs, and dropout wherever the kernels do not run: product, softmax, product, some maps at a time, made
-    again in the backward pass. At 64 x 4 x 50 x 64, 32 x 4 x 197 x 64 and 2 x 12 x 530 x 64 (B, H, T, D; one thread of
-    a CPU with bfloat16 units) both passes took 25%, 41% and 41% of scaled_dot_product_attention's time in bfloat16, and
-    at most a quarter more than keeping every map; in float32 they take up to a fifth longer than it.
+    bfloat16 on CPUs: the C++ kernels. Forward is that of inference; backward makes the weights again, some queries at a
+    time, and is nearer to the exact gradient than products that round their logits (2.3e-3 against 4.2e-3).
+    Dropout wherever no kernel runs, and bfloat16 on CPUs without a compiler: product, softmax, product, some maps at a
+    time, made again in the backward pass.
     All else: PyTorch's scaled_dot_product_attention. So float32 on GPUs: compiled, its products would be three of TF32,
     whose split operands take twice the registers (at D = 64, sm_80, a tile of 32 x 32 spills 401 times in the gradient
     of queries), or run on the float units ("ieee": 172 times at 16 x 32), and models train in 16 bits.
@@ -131,8 +131,6 @@ def _chunks(t: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T) of maps [n, T, D]."""
-    if backend_for(q) == "native" and native.supports("softmax", q.dtype):
-        return native.softmax_(torch.bmm(q, k.transpose(1, 2)), scale)
     logits = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
     return torch.softmax(logits, dim=-1, out=logits)
 
@@ -794,7 +792,7 @@ def _attention_train(qkv: Tensor, n_heads: int, dropout: float, seed: Tensor | N
         return _launch_forward(qkv, n_heads, dropout, seed)
     nothing = qkv.new_empty((0,), dtype=torch.float32)
     if seed is None and backend_for(qkv) == "native" and native.supports("attention_qkv", qkv.dtype):
-        return native.attention_qkv(qkv, n_heads), nothing  # the kernel that infers, half as long
+        return native.attention_qkv(qkv, n_heads), nothing  # the kernel that infers
     return _forward_torch(qkv, n_heads, dropout, seed), nothing
 
 
@@ -813,6 +811,8 @@ def _attention_train_backward(
 ) -> Tensor:
     if out is not None and lse is not None:
         return _launch_backward(grad, qkv, out, lse, n_heads, dropout, seed)
+    if seed is None and backend_for(qkv) == "native" and native.supports("attention_qkv_backward", qkv.dtype):
+        return native.attention_qkv_backward(grad, qkv, n_heads)
     return _backward_torch(grad, qkv, n_heads, dropout, seed)
 
 

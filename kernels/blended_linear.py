@@ -79,7 +79,7 @@ from tetra.kernels.row_quantize import (
 )
 from tetra.kernels.rows import TRITON_DTYPES, centre_row, load_part, load_row, normalize_row, row_config, store_part
 from tetra.kernels.specimen import Specimen
-from tetra.kernels.ternary_matmul import pack_ternary_unchecked, ternary_linear_int8
+from tetra.kernels.ternary_matmul import pack_ternary_unchecked, packed_width, ternary_linear_int8
 
 Norm = tuple[Tensor, Tensor, float]
 """Weight [K] and bias [K] of a LayerNorm, of any floating dtype, and eps."""
@@ -103,8 +103,21 @@ def quantized_rows(v: Tensor) -> Tensor:
 
 def ternary_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of a weight [N, K] in {-1, 0, 1}, as floats, and their scale: Q(W) = codes * scale."""
-    scale = weight.abs().mean().clamp(min=SMALLEST_MEAN)
+    scale = _weight_scale(weight)
     return torch.round(weight * (1.0 / scale)).clamp(-1, 1), scale
+
+
+def _weight_scale(weight: Tensor) -> Tensor:
+    return weight.abs().mean().clamp(min=SMALLEST_MEAN)
+
+
+def _packed(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``ternary_codes`` of float32 weights, packed, and their scale."""
+    if not is_traced(weight) and backend_for(weight) == "native" and native.supports("pack_weight", weight.dtype):
+        scale = _weight_scale(weight)
+        return native.pack_weight(weight, float(1.0 / scale), packed_width(weight.shape[1])), scale
+    codes, scale = ternary_codes(weight)
+    return pack_ternary_unchecked(codes.to(torch.int8)), scale
 
 
 def blended_linear_reference(
@@ -774,8 +787,7 @@ def _infer(
     else:
         activated = blend_rows(rows, 0.0, norm, gelu, dropout, seed, torch.float32)
         x_q, scale = _quantize_rows_op(activated, checked=False)
-    codes, weight_scale = ternary_codes(weight.to(torch.float32))
-    packed = pack_ternary_unchecked(codes.to(torch.int8))
+    packed, weight_scale = _packed(weight.to(torch.float32))
     return ternary_linear_int8(x_q, scale, packed, weight_scale, bias, out_dtype=out_dtype)
 
 

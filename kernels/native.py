@@ -55,7 +55,12 @@ _INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "portable": (),
 }
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}  # Format in vectors.hpp
-TRAINING_OPERATIONS = ("blend_rows", "blend_weight", "softmax")  # the first with its backward
+TRAINING_OPERATIONS = (
+    "blend_rows",
+    "blend_weight",
+    "attention_qkv_backward",
+    "pack_weight",
+)  # the first with its backward
 OPERATIONS = (
     "quantize_rows",
     "norm_quantize",
@@ -234,12 +239,22 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         _INT,
     ]
     library.tetra_ternary_linear.argtypes = [*product, _LONG, _INT, _LONG, _FLOAT, _POINTER, _INT, _LONG]
+    library.tetra_pack_ternary.argtypes = [_POINTER, _LONG, _LONG, _FLOAT, _POINTER, _LONG]
     library.tetra_attention.argtypes = [_POINTER, _INT, *[_LONG] * 6, _FLOAT, _POINTER, _LONG]
+    library.tetra_attention_backward.argtypes = [
+        _POINTER,
+        _INT,
+        *[_LONG] * 6,
+        _FLOAT,
+        _FLOAT,
+        _POINTER,
+        _POINTER,
+        _LONG,
+    ]
     activation: list[Any] = [_POINTER, _INT, _LONG, _LONG, _INT, ctypes.c_double, _LONG, *[_POINTER, _INT] * 2, _FLOAT]
     library.tetra_blend_rows.argtypes = [*activation, _FLOAT, _POINTER, _INT, _LONG]
     gradients: list[Any] = [_POINTER, _INT, *[_POINTER] * 3]
     library.tetra_blend_rows_backward.argtypes = [*activation, *gradients, _FLOAT, _POINTER, _LONG]
-    library.tetra_softmax.argtypes = [_POINTER, _INT, _LONG, _LONG, _FLOAT, _LONG]
     library.tetra_blend_weight.argtypes = [_POINTER, _INT, _LONG, _FLOAT, _POINTER, _INT, _LONG]
     codes: list[Any] = [_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _LONG]
     library.tetra_hamming_nearest.argtypes = [*codes, _POINTER, _LONG, _POINTER, _POINTER, _LONG]
@@ -248,8 +263,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for name in (
         "tetra_rows",
         "tetra_ternary_linear",
+        "tetra_pack_ternary",
         "tetra_attention",
-        "tetra_softmax",
+        "tetra_attention_backward",
         "tetra_blend_rows",
         "tetra_blend_rows_backward",
         "tetra_blend_weight",
@@ -545,6 +561,9 @@ def ternary_linear(
     )
 
 
+_LOG2_E = 1.4426950408889634  # exp(x) = 2^(x log2 e)
+
+
 def attention_qkv(qkv: Tensor, n_heads: int, prescaled: bool = False) -> Tensor:
     """Attention of ``qkv`` [B, T, 3 * H * D] -> [B, T, H * D]; see ``tetra.kernels.attention``."""
     library = _loaded()
@@ -553,8 +572,7 @@ def attention_qkv(qkv: Tensor, n_heads: int, prescaled: bool = False) -> Tensor:
     dim = width // (3 * n_heads)
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
     out = torch.empty((b, t, n_heads * dim), dtype=qkv.dtype)
-    # exp(x) = 2^(x log2 e)
-    scale = 1.0 if prescaled else 1.4426950408889634 / dim**0.5
+    scale = 1.0 if prescaled else _LOG2_E / dim**0.5
     library.tetra_attention(
         qkv.data_ptr(),
         _FORMATS[qkv.dtype],
@@ -571,21 +589,30 @@ def attention_qkv(qkv: Tensor, n_heads: int, prescaled: bool = False) -> Tensor:
     return out
 
 
-def softmax_(logits: Tensor, scale: float) -> Tensor:
-    """softmax(scale * logits) over the last dimension, in place; ``logits`` contiguous."""
+def attention_qkv_backward(grad: Tensor, qkv: Tensor, n_heads: int) -> Tensor:
+    """From the gradient of ``attention_qkv``'s result, [B, T, H * D], that of ``qkv``; both are of its dtype."""
     library = _loaded()
     assert library is not None  # callers have asked
-    n = logits.shape[-1]
-    if logits.numel():
-        library.tetra_softmax(
-            logits.data_ptr(),
-            _FORMATS[logits.dtype],
-            logits.numel() // n,
-            n,
-            scale * 1.4426950408889634,  # exp(x) = 2^(x log2 e)
-            torch.get_num_threads(),
-        )
-    return logits
+    b, t, width = qkv.shape
+    dim = width // (3 * n_heads)
+    qkv, grad = qkv if qkv.stride(2) == 1 else qkv.contiguous(), grad.contiguous()
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    library.tetra_attention_backward(
+        qkv.data_ptr(),
+        _FORMATS[qkv.dtype],
+        b,
+        t,
+        n_heads,
+        dim,
+        qkv.stride(0),
+        qkv.stride(1),
+        _LOG2_E / dim**0.5,
+        dim**-0.5,
+        grad.data_ptr(),
+        grad_qkv.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_qkv
 
 
 def _activation(
@@ -679,6 +706,19 @@ def _blend_rows_backward(
         torch.get_num_threads(),
     )
     return grad_x, sums[0], sums[1]
+
+
+def pack_weight(weight: Tensor, factor: float, width: int) -> Tensor:
+    """Codes of ``weight`` (float32 [N, K]) times ``factor``, rounded and clipped, packed: uint8 [N, width].
+
+    The layout is that of ``tetra.kernels.ternary_matmul``, whose ``packed_width(K)`` is ``width``.
+    """
+    library = _loaded()
+    assert library is not None  # callers have asked
+    weight = weight.contiguous()
+    packed = torch.empty((weight.shape[0], width), dtype=torch.uint8)
+    library.tetra_pack_ternary(weight.data_ptr(), *weight.shape, factor, packed.data_ptr(), torch.get_num_threads())
+    return packed
 
 
 def blend_weight(weight: Tensor, lam: float, out_dtype: torch.dtype) -> Tensor:

@@ -58,14 +58,23 @@ void tetra_ternary_linear(const int8_t* x, int64_t m, int64_t n, int64_t k, int6
                threads);
 }
 
+void tetra_pack_ternary(const float* weight, int64_t n, int64_t k, float factor, uint8_t* packed, int64_t threads) {
+    tetra::run(tetra::PackTernary{weight, n, k, factor, packed}, threads);
+}
+
 void tetra_attention(const void* qkv, int32_t format, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
                      int64_t batch_stride, int64_t token_stride, float scale, void* out, int64_t threads) {
     tetra::run(tetra::Attention{qkv, format, batch, tokens, heads, dim, batch_stride, token_stride, scale, out},
                threads);
 }
 
-void tetra_softmax(void* x, int32_t format, int64_t m, int64_t n, float scale, int64_t threads) {
-    tetra::run(tetra::Softmax{x, format, m, n, scale}, threads);
+void tetra_attention_backward(const void* qkv, int32_t format, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
+                              int64_t batch_stride, int64_t token_stride, float scale, float logit_scale,
+                              const void* grad, void* grad_qkv, int64_t threads) {
+    tetra::run(tetra::AttentionBackward{
+                   {qkv, format, batch, tokens, heads, dim, batch_stride, token_stride, scale, nullptr},
+                   logit_scale, grad, grad_qkv},
+               threads);
 }
 
 void tetra_blend_rows(const void* x, int32_t format, int64_t m, int64_t k, int32_t gelu, double dropout,

@@ -358,4 +358,34 @@ inline void run(const TernaryLinear& layer, int64_t threads) {
     });
 }
 
+// A weight [n][k] as packed codes: the values times `factor`, rounded half to even and clipped to -1, 0, 1.
+struct PackTernary {
+    const float* weight;
+    int64_t n, k;
+    float factor;
+    uint8_t* packed;  // [n][ceil(k / GROUP) * GROUP / PLANES]
+};
+
+inline void run(const PackTernary& task, int64_t threads) {
+    constexpr int64_t group_bytes = GROUP / PLANES;
+    const int64_t groups = (task.k + GROUP - 1) / GROUP;
+    parallel_for(task.n, threads, [&](int64_t row) {
+        const float* weight = task.weight + row * task.k;
+        uint8_t* packed = task.packed + row * groups * group_bytes;
+        for (int64_t group = 0; group < groups; group++, packed += group_bytes) {
+            for (int64_t byte = 0; byte < group_bytes; byte += LANES) {
+                Bytes bytes = {};
+                for (int plane = 0; plane < PLANES; plane++) {
+                    const int64_t first = group * GROUP + plane * group_bytes + byte;
+                    if (first >= task.k) continue;
+                    const Floats w = load_first<Float32>(weight + first, task.k - first) * task.factor;
+                    const Floats clipped = -largest(splat(-1.0f), -largest(splat(-1.0f), w));
+                    bytes |= (round_to_bytes(clipped) & 3) << (2 * plane);
+                }
+                store(packed + byte, bytes);
+            }
+        }
+    });
+}
+
 }  // namespace tetra

@@ -1,4 +1,4 @@
-"""The C++ kernels of the blended linear layer against its formula in float64."""
+"""The C++ kernels of training against their formulas in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tetra.kernels import native
+from tetra.kernels.attention_training import attention_train_reference
 from tetra.kernels.row_quantize import quantize_rows_reference
+from tetra.kernels.ternary_matmul import pack_ternary, packed_width
 
 Norm = tuple[Tensor, Tensor, float]
 
@@ -251,12 +253,61 @@ def test_both_passes_at_once_give_what_each_gives(
     assert ((y != wanted).float().mean() <= 0.01) if m * k > 200 else True
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 17), (130, 64), (2, 197), (0, 4), (2, 0)])
-def test_softmax(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    logits = (torch.randn(shape) * 20 - 200).to(dtype)  # far below zero, which is what lies past a row's end
-    wanted = torch.softmax(logits.double() * 0.3, dim=-1)
-    found = native.softmax_(logits, 0.3)
-    assert found is logits
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5 if dtype == torch.float32 else 5e-3, atol=1e-7)
-    assert native.softmax_(torch.full((2, 40), torch.nan, dtype=dtype), 1.0).isnan().all()
+@pytest.mark.parametrize("shape", [(1, 1), (3, 127), (5, 128), (7, 129), (16, 588), (2, 31), (0, 5)])
+def test_a_weight_is_packed_as_its_codes_are(isa: str, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape)
+    weight[:, ::7] = 0.5  # half way between two codes
+    for factor in (1.0, 3.7, 1e-9, 1e9):
+        codes = torch.round(weight.double() * torch.tensor(factor, dtype=torch.float32)).clamp(-1, 1).to(torch.int8)
+        found = native.pack_weight(weight, factor, packed_width(shape[1]))
+        assert torch.equal(found, pack_ternary(codes))
+
+
+ATTENTION_SHAPES = [
+    (1, 1, 1, 1),
+    (1, 1, 2, 3),
+    (2, 3, 50, 64),
+    (1, 2, 97, 40),
+    (3, 1, 193, 96),
+    (1, 2, 300, 20),
+    (0, 2, 5, 8),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES)
+def test_gradient_of_attention(isa: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    if not native.supports("attention_qkv_backward", dtype):
+        pytest.skip("this instruction set has no float16")
+    b, n_heads, t, dim = shape
+    whole = torch.randn(b + 1, t, 3 * n_heads * dim + 5).to(dtype)
+    qkv, grad = whole[1:, :, 2:-3], torch.randn(b, t, n_heads * dim).to(dtype)  # rows and images are apart
+    exact = qkv.double().requires_grad_()
+    attention_train_reference(exact, n_heads).backward(grad.double())
+    wanted = exact.grad
+    assert wanted is not None
+    found = native.attention_qkv_backward(grad, qkv, n_heads)
+    assert found.shape == qkv.shape
+    assert found.dtype == dtype
+    bound = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
+    # Of one token the queries and keys have no gradient: what is left there is rounding.
+    assert (found.double() - wanted).norm() <= bound * wanted.norm() + 1e-30
+    for part, wanted_part in zip(found.double().chunk(3, -1), wanted.chunk(3, -1), strict=True):
+        assert (part - wanted_part).norm() <= 2 * bound * wanted_part.norm() + bound * 1e-3 * wanted.norm()
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(native.attention_qkv_backward(grad, qkv, n_heads), found)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gradient_of_attention_with_logits_that_would_overflow(isa: str) -> None:
+    qkv, grad = 30 * torch.randn(1, 70, 3 * 16), torch.randn(1, 70, 16)
+    exact = qkv.double().requires_grad_()
+    attention_train_reference(exact, 1).backward(grad.double())
+    assert exact.grad is not None
+    found = native.attention_qkv_backward(grad, qkv, 1).double()
+    assert (found - exact.grad).norm() <= 1e-3 * exact.grad.norm()  # logits of thousands are rounded
+    qkv[0, 3, 5] = torch.nan
+    assert native.attention_qkv_backward(grad, qkv, 1).isnan().any()
