@@ -79,3 +79,46 @@ def tetra_teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     save(TetraModel(ModelConfig("teacher", backbone, HeadConfig("gem", {"out_dim": 64}))).pack(), path)
     return path
+
+
+@pytest.fixture
+def make_recipe(pictures: Path, tetra_teacher_file: Path) -> Callable[..., dict[str, Any]]:
+    """make_recipe(loop, backbone={}, distill={}, finetune={}, **rest): both stages of a tiny model, as YAML gives it.
+
+    Whatever is given comes on top; ``loop`` counts for both stages, and a stage's own comes on top of it.
+    """
+
+    def make(
+        loop: dict[str, Any],
+        backbone: dict[str, Any] | None = None,
+        distill: dict[str, Any] | None = None,
+        finetune: dict[str, Any] | None = None,
+        **rest: Any,
+    ) -> dict[str, Any]:
+        loop = {"log_every": 1, "threads": 1, **loop}
+        student = {**BACKBONE, "image_size": [32, 32], "stem": "patch", "stem_channels": [], **(backbone or {})}
+        stage_1 = {"folders": ["one", "two"], "attention_layers": 2}
+        stage_2 = {
+            "sources": [{"kind": "video", "folder": ".", "window": 3, "stride": 3}],
+            "images_per_place": 2,
+            "augment": {},
+        }
+
+        def stage(usual: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+            return {**usual, **own, "loop": {**loop, **own.get("loop", {})}}
+
+        return {
+            "name": "tiny",
+            "arch": "nano",
+            "head": "mixvpr",
+            "head_options": {"grid": [4, 4], "out_channels": 16, "out_rows": 4, "mix_depth": 1},
+            "backbone": student,
+            "data_dir": str(pictures),
+            "teacher": {"kind": "tetra", "name": str(tetra_teacher_file)},
+            "distill": stage(stage_1, distill or {}),
+            "finetune": stage(stage_2, finetune or {}),
+            "probe": {"folders": ["two"], "max_frames": 8},
+            **rest,
+        }
+
+    return make

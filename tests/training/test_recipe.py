@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 import multiprocessing
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,50 +23,21 @@ from tetra.images import load_image
 from tetra.training.loop import read_log
 from tetra.training.recipe import Recipe, _sole_use, load_recipe, run_recipe
 
-TINY = {
-    "width": 32,
-    "depth": 2,
-    "n_heads": 2,
-    "head_dim": 16,
-    "mlp_dim": 48,
-    "image_size": [32, 32],
-    "patch_size": 8,
-    "stem": "patch",
-    "stem_channels": [],
-}
-
 
 @pytest.fixture
-def recipe(pictures: Path, tetra_teacher_file: Path) -> dict[str, Any]:
-    loop = {"accumulate": 1, "checkpoint_every": 3, "log_every": 1, "precision": "32-true", "threads": 1}
-    return {
-        "name": "tiny",
-        "arch": "nano",
-        "head": "mixvpr",
-        "description": "for a test",
-        "head_options": {"grid": [4, 4], "out_channels": 16, "out_rows": 4, "mix_depth": 1},
-        "backbone": copy.deepcopy(TINY),
-        "data_dir": str(pictures),
-        "teacher": {"kind": "tetra", "name": str(tetra_teacher_file)},
-        "distill": {
-            "folders": ["one", "two"],
+def recipe(make_recipe: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return make_recipe(
+        {"accumulate": 1, "checkpoint_every": 3, "precision": "32-true"},
+        backbone={"dropout": 0.0},
+        distill={
             "max_steps": 4,
             "batch_size": 4,
-            "attention_layers": 2,
-            "loop": {**loop, "validate_every": 2},
+            "loop": {"validate_every": 2},
         },
-        "finetune": {
-            "sources": [{"kind": "video", "folder": ".", "window": 3, "stride": 3}],
-            "places_per_batch": 3,
-            "images_per_place": 2,
-            "max_steps": 4,
-            "initialize_head": 8,
-            "augment": {"shift": 0.02},
-            "loop": loop,
-        },
-        "probe": {"folders": ["two"], "max_frames": 8},
-        "export": {"rest_dtype": "float16"},
-    }
+        finetune={"places_per_batch": 3, "max_steps": 4, "initialize_head": 8, "augment": {"shift": 0.02}},
+        description="for a test",
+        export={"rest_dtype": "float16"},
+    )
 
 
 def test_a_recipe_makes_a_packed_model(recipe: dict[str, Any], pictures: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,46 +76,20 @@ def errors(text: str) -> list[str]:
 
 
 @pytest.fixture
-def recipe(pictures: Path, tetra_teacher_file: Path) -> dict[str, Any]:
-    loop = {"checkpoint_every": 2, "log_every": 1, "threads": 1, "precision": "32-true"}
-    return {
-        "name": "tiny",
-        "arch": "nano",
-        "head": "gem",
-        "head_options": {"out_dim": 64},
-        "backbone": {
-            "width": 32,
-            "depth": 2,
-            "n_heads": 2,
-            "head_dim": 16,
-            "mlp_dim": 48,
-            "image_size": [32, 32],
-            "patch_size": 8,
-            "stem": "patch",
-            "stem_channels": [],
-            "dropout": 0.1,
-        },
-        "data_dir": str(pictures),
-        "teacher": {"kind": "tetra", "name": str(tetra_teacher_file)},
-        "distill": {
-            "folders": ["one", "two"],
+def recipe(make_recipe: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return make_recipe(
+        {"checkpoint_every": 2, "precision": "32-true"},
+        head="gem",
+        head_options={"out_dim": 64},
+        distill={
             "max_steps": 6,
             "batch_size": 8,
-            "attention_layers": 2,
             "lr": 2e-3,
-            "loop": {**loop, "accumulate": 2, "clip": 1.0, "ema": 0.9},
+            "loop": {"accumulate": 2, "clip": 1.0, "ema": 0.9},
         },
-        "finetune": {
-            "sources": [{"kind": "video", "folder": ".", "window": 3, "stride": 3}],
-            "places_per_batch": 4,
-            "images_per_place": 2,
-            "max_steps": 6,
-            "lr": 1e-3,
-            "augment": {},
-            "loop": loop,
-        },
-        "probe": {"folders": ["two"], "max_frames": 11},
-    }
+        finetune={"places_per_batch": 4, "max_steps": 6, "lr": 1e-3},
+        probe={"folders": ["two"], "max_frames": 11},
+    )
 
 
 def written(recipe: dict[str, Any], folder: Path) -> Path:
