@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-report
 NANO_OUT ?= runs/nano
+ADDS ?= 1000000
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPED := build/typed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint slow demo nano wheel clean
+.PHONY: help venv test lint slow soak demo nano wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +47,9 @@ lint: venv  ## style (ruff) and types (mypy)
 
 slow: venv  ## run the tests that take long
 	@$(BIN)/python -m pytest -m slow
+
+soak: venv  ## a million adds to a place map, with kills at random moments (ADDS=n)
+	@$(BIN)/python tests/soak.py --adds $(ADDS)
 
 demo: venv  ## train, pack, localise and write a report with pictures to demo-report/
 	@echo "== demo, under 6 minutes on two cores"

@@ -29,3 +29,11 @@ class FileFormatError(TetraError, ValueError):
 
 class TrainingError(TetraError, RuntimeError):
     """Training cannot start or go on, for example because a loss is not finite."""
+
+
+class MapError(TetraError, ValueError):
+    """A place map is damaged, of another model or in use, or something given to it cannot be."""
+
+
+class MissingMapFileError(MapError):
+    """A file of a map is not there: it was deleted, or a writer has replaced it since the manifest was read."""
