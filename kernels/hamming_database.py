@@ -56,7 +56,7 @@ class _Part(Protocol):
 
 
 def _shifted(rows: Tensor, first: int) -> Tensor:
-    return torch.where(rows < 0, rows, rows + first)
+    return torch.where(rows < 0, rows, rows + first) if first else rows
 
 
 class _OnCpu:

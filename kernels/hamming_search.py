@@ -260,9 +260,9 @@ def _search(
         distances, rows = _search_numpy(queries, database, k, allowed)
         return distances.to(device), rows.to(device)
     at_once = max(_HEAP_BYTES // (8 * k * native.hamming_threads(queries, database, threads)), 1)
+    if len(queries) <= at_once:
+        return native.hamming_search(queries, database, k, allowed, threads)
     parts = [native.hamming_search(part, database, k, allowed, threads) for part in queries.split(at_once)]
-    if len(parts) == 1:
-        return parts[0]
     return torch.cat([distances for distances, _ in parts]), torch.cat([rows for _, rows in parts])
 
 

@@ -10,8 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from commands import Runner
 
 from tetra.config import BackboneConfig, HeadConfig, ModelConfig
+from tetra.files import save
 from tetra.kernels.backend import backend_for
 from tetra.model import TetraModel
 
@@ -60,3 +62,15 @@ def tiny_config() -> ModelConfig:
 def tiny_model(tiny_config: ModelConfig) -> TetraModel:
     """A trainable model of ``tiny_config`` with random weights."""
     return TetraModel(tiny_config)
+
+
+@pytest.fixture
+def tetra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    return Runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def model_file(tiny_model: TetraModel, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    save(tiny_model.pack(torch.float16), path)
+    return path

