@@ -175,3 +175,29 @@ def test_bad_input_is_one_line(
     assert tetra("map", "build", model_file, tmp_path / "local", "-o", tmp_path / "local-map").status == 0
     command = ("localize", model_file, tmp_path / "local-map", tmp_path / "local", "--kml", tmp_path / "a.kml")
     assert_refused(tetra(*command), "a.kml", "local")
+
+
+def test_sequences_are_evaluated_and_teach_what_to_accept(
+    tetra: Runner, model_file: Path, drive: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    drive.rename(data / "database")
+    for i in range(12):
+        photo(data / f"queries/@{500003 + 40 * i}@5400000@32@U@.png", i)
+    out, learnt = tmp_path / "report.json", tmp_path / "learnt.json"
+    command = ("evaluate", model_file, "--dataset", data, "--sequence", "--json", out)
+    result = tetra(*command, "--calibrate", learnt, "--precision", 0.6)
+    assert result.status == 0, result.err
+    assert "12 queries, 12 references, in order" in result.out
+    assert read_json(out)["recall"]["frame"] == 100.0
+    assert set(read_json(learnt)) <= {"frame", "sequence"}
+    judged = tetra(*command, "--calibration", learnt)
+    assert judged.status == 0, judged.err
+    assert "accepted" in judged.out
+    refused = tetra("evaluate", "nano", "--dataset", data, "--sequence", "--calibration", learnt)
+    assert_refused(refused, "calibrate again")
+    never = tetra(*command, "--calibrate", tmp_path / "never.json", "--precision", 1.0)
+    assert never.status == 2
+    assert "never.json: not written" in never.err
+    assert not (tmp_path / "never.json").exists()
