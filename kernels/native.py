@@ -55,21 +55,21 @@ _INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "portable": (),
 }
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}  # Format in vectors.hpp
-TRAINING_OPERATIONS = (
-    "blend_rows",
-    "blend_weight",
-    "attention_qkv_backward",
-    "pack_weight",
-)  # the first with its backward
-OPERATIONS = (
+INFERENCE_OPERATIONS = (
     "quantize_rows",
     "norm_quantize",
     "layer_norm",
     "ternary_linear",
     "ternary_matmul_int32",
     "attention_qkv",
+)
+OPERATIONS = (
+    *INFERENCE_OPERATIONS,
     "hamming",
-    *TRAINING_OPERATIONS,
+    "blend_rows",  # with its backward
+    "blend_weight",
+    "pack_weight",
+    "attention_qkv_backward",
 )
 
 
