@@ -341,7 +341,9 @@ def localize(
         localizer = Localizer(
             loaded,
             opened,
-            engine=Engine(loaded).warm_up(),  # or the first frame would take a second
+            engine=Engine(
+                loaded, dtype=loaded.compute_dtype
+            ).warm_up(),  # so the first frame is quick; the dtype made the map
             window=window if is_sequence else 1,
             k=max(25, k),
             calibration=chosen.get("sequence" if is_sequence else "frame"),
