@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from tetra.errors import ConfigError, ImageError
 from tetra.exif import exif_time
 from tetra.frame_stream import MAX_FRAME_BYTES, frame_name, split_images, split_raw
-from tetra.images import IMAGE_SUFFIXES, _to_rgb, list_images, load_image
+from tetra.images import IMAGE_SUFFIXES, list_images, load_image, to_rgb
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".h264", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
@@ -252,7 +252,7 @@ def _decoded(data: bytes, name: str) -> Pixels:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as opened:
             opened.load()
-            return np.array(_to_rgb(ImageOps.exif_transpose(opened), Path(name)))
+            return np.array(to_rgb(ImageOps.exif_transpose(opened), Path(name)))
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # a damaged picture can make a decoder raise almost anything

@@ -59,7 +59,7 @@ def load_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.T
         # Given a path, Pillow maps uncompressed TIFF into memory and then turns it wrongly (seen in 13.0).
         with path.open("rb") as file, Image.open(file) as opened:
             opened.load()
-            image = _to_rgb(ImageOps.exif_transpose(opened), path)
+            image = to_rgb(ImageOps.exif_transpose(opened), path)
             if size is not None and image.size != (size[1], size[0]):
                 image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
             pixels = np.array(image)
@@ -70,7 +70,7 @@ def load_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.T
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def to_rgb(image: Image.Image, path: Path) -> Image.Image:
     """Bring any Pillow mode to RGB (table in the module docstring)."""
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.int64)  # a 16-bit PNG is "I;16" or, in older Pillow, "I"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,15 +17,15 @@ from tetra.errors import MapError
 BoolArray = npt.NDArray[np.bool_]
 
 
-class Region:
+class Region(ABC):
     """A set of poses. Make one by :meth:`circle`, :meth:`box` or :meth:`heading`, and join several with ``&``."""
 
+    @abstractmethod
     def mask(self, positions: npt.NDArray[np.float64], headings: npt.NDArray[np.float32]) -> BoolArray:
         """Which places are inside, bool [n], of positions [n, 2] in metres and headings [n] in degrees.
 
         A place whose position or heading is unknown (NaN) is outside of every region that asks for it.
         """
-        raise NotImplementedError
 
     def __and__(self, other: Region) -> Region:
         return _Both(self, other)
