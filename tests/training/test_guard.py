@@ -155,7 +155,7 @@ def test_weights_that_a_step_has_ruined(
                 model.backbone.blocks[0].mlp.norm.weight.fill_(bad)
 
     def validate() -> dict[str, float]:
-        model(torch.rand(2, 3, 32, 32))
+        model(torch.rand(2, 3, 32, 32, device=model.image_mean.device))
         return {"recall_binary": 1.0}
 
     monkeypatch.setattr(StageModule, "optimizer_step", ruinous)

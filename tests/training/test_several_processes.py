@@ -340,7 +340,7 @@ def test_processes_that_do_not_find_each_other(rank: str, message: str, monkeypa
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+        facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
         for name, value in {**facts, "MASTER_PORT": taken.getsockname()[1], "CUDA_VISIBLE_DEVICES": ""}.items():
             monkeypatch.setenv(name, str(value))
         with pytest.raises(TrainingError, match=message), processes():
@@ -372,6 +372,7 @@ def test_what_stops_one_process_stops_all(ranks: str, text: str, reported: list[
 def test_more_processes_than_gpus(recipe: dict[str, Any], tmp_path: Path) -> None:
     n = torch.cuda.device_count() + 1
     last = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "RANK": n - 1, "LOCAL_RANK": n - 1}
+    last |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
     done = subprocess.run(
         [sys.executable, *train(written(recipe, tmp_path), tmp_path / "run")],
         env={**os.environ, **{name: str(value) for name, value in last.items()}},

@@ -119,6 +119,17 @@ def test_attention_logits_are_those_of_the_softmax(kind: str, n: int, saved: dic
         torch.testing.assert_close(found, heads[:, :, keep][:, :, :, keep], rtol=1e-4, atol=1e-4)
 
 
+def test_it_does_not_matter_which_projection_runs_first(saved: dict[str, Path]) -> None:
+    """Releases of transformers differ in that."""
+    teacher = TransformersTeacher(str(saved["dinov2"]))
+    images = torch.rand(1, 3, 32, 32)
+    expected = teacher(images, n_attention=2).queries_keys
+    for query, key in zip(teacher._queries, teacher._keys, strict=True):
+        query.register_forward_pre_hook(lambda _module, inputs, key=key: (key(*inputs), None)[1])
+    for pair, again in zip(expected, teacher(images, n_attention=2).queries_keys, strict=True):
+        torch.testing.assert_close(again, pair, rtol=0, atol=0)
+
+
 def test_a_teacher_is_frozen(saved: dict[str, Path]) -> None:
     teacher = TransformersTeacher(str(saved["dinov2"])).train()
     assert not any(m.training for m in teacher.modules())

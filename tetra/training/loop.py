@@ -295,9 +295,10 @@ class StageModule(L.LightningModule):
         if self._validate is None:
             return {}
         modes = {m: m.training for m in self.modules()}
+        own_gpu = [self.device.index or 0] if self.device.type == "cuda" else []  # other processes train on the others
         try:
             self.eval()
-            with self.averaged(), torch.random.fork_rng(), torch.inference_mode():
+            with self.averaged(), torch.random.fork_rng(own_gpu), torch.inference_mode():
                 return self._validate()
         except ValueError as error:
             if not guard.is_refusal(error):

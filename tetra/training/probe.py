@@ -99,8 +99,8 @@ class Probe:
         if config.dataset:
             dataset = load_dataset(base_dir / config.dataset, config.layout, config.radius_m)
             self.dataset = reduced(dataset, config.max_queries, config.max_references)
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
+        with torch.random.fork_rng(devices=[]):  # images are augmented on the CPU; no GPU is to be woken for it
+            torch.default_generator.manual_seed(config.seed)
             for folder in config.folders:
                 paths = find_images([base_dir / folder])[: config.max_frames]
                 if len(paths) < 2:

@@ -173,10 +173,12 @@ class TransformersTeacher(_Normalized):
             )
         if n_attention and not self.gives_attention:
             raise TrainingError("this teacher has no separate query and key projections: no attention loss")
-        found: list[Tensor] = []
-        modules = [m for pair in zip(self._queries, self._keys, strict=False) for m in pair]
-        modules = modules[len(modules) - 2 * n_attention :]
-        hooks = [m.register_forward_hook(lambda _m, _i, out: found.append(out)) for m in modules]
+        # Kept by module: releases of transformers differ in which projection of a layer runs first.
+        found: dict[nn.Module, Tensor] = {}
+        layers = list(zip(self._queries, self._keys, strict=False))
+        layers = layers[len(layers) - n_attention :]
+        modules = [module for layer in layers for module in layer]
+        hooks = [m.register_forward_hook(lambda module, _inputs, out: found.update({module: out})) for m in modules]
         try:
             normalized = (images - self.mean) / self.std
             tokens = self.network(pixel_values=normalized, **self._options).last_hidden_state
@@ -187,8 +189,11 @@ class TransformersTeacher(_Normalized):
         n_registers = tokens.shape[1] - 1 - grid[0] * grid[1]
         if n_registers < 0:
             raise TrainingError("this teacher has no CLS token to imitate; choose one of the DINOv2 family")
-        heads = [without_registers(t, 1, n_registers).unflatten(2, (self.n_heads, -1)).transpose(1, 2) for t in found]
-        queries_keys = list(zip(heads[0::2], heads[1::2], strict=True))
+
+        def heads(projected: Tensor) -> Tensor:
+            return without_registers(projected, 1, n_registers).unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+
+        queries_keys = [(heads(found[query]), heads(found[key])) for query, key in layers]
         tokens = without_registers(tokens, 1, n_registers)
         return TeacherOutput(tokens[:, 0], tokens[:, 1:].unflatten(1, grid), queries_keys)
 
