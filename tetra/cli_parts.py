@@ -126,3 +126,15 @@ def progress_line() -> Iterator[Callable[[str], None] | None]:
         return
     yield lambda line: print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
+
+
+def config_text(config: dict[str, object]) -> str:
+    """A configuration on one line: without ``BLOCK_`` and ``num_``, and flags that are set by their name alone."""
+    words = []
+    for name, value in config.items():
+        name = name.removeprefix("BLOCK_").removeprefix("num_")
+        if value is True:
+            words.append(name)
+        elif value is not False:
+            words.append(f"{name}={value}")
+    return " ".join(words)
