@@ -58,7 +58,7 @@ def part_of(module: str) -> str:
 ALLOWED = {
     "tetra": {"tetra", "kernels"},
     "kernels": {"kernels", "autotune"},
-    "autotune": {"autotune", "kernels"},
+    "autotune": {"autotune", "kernels", "profiling"},
     "profiling": {"profiling", "kernels", "autotune"},
 }
 
@@ -75,6 +75,9 @@ def test_imports_keep_to_the_parts(path: Path) -> None:
             assert part_of(name) in ALLOWED[part], f"{path}: {part} may not import {name}"
         if part_of(name) != part:
             assert not re.search(r"\._", name), f"{path}: {name} is private to its part"
+        if part == "autotune" and part_of(name) == "profiling":
+            static = ("tetra.profiling.sass", "tetra.profiling.roofline")
+            assert name.startswith(static), f"{path}: of profiling/, the tuners read compiled code and the static model"
         if part == "kernels" and part_of(name) == "autotune":
             assert name.startswith("tetra.autotune.table"), f"{path}: kernels/ knows only autotune's table"
 
