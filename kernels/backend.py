@@ -101,6 +101,12 @@ def arch_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@cache
+def n_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU; an A100's for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
+
+
 def check_arch(arch: int) -> None:
     """ValueError for compute capabilities without the instructions that the Triton kernels need."""
     if arch < MINIMUM_ARCH:

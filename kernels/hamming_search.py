@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tetra.kernels import hamming_planes, hamming_popcount, native
-from tetra.kernels.backend import arch_of, backend_for, operator_or_function
+from tetra.kernels.backend import arch_of, backend_for, n_sms, operator_or_function
 
 _BLOCK_BYTES = 1 << 18  # of the database: a share of one core's L2 cache
 _HEAP_BYTES = 1 << 26  # of candidates, kept at once
@@ -135,29 +135,47 @@ def _distances_numpy(queries: Tensor, database: Tensor) -> Tensor:
 # over clock and multiprocessors. Popcounts: 16 (CUDA C++ Programming Guide, throughput of instructions).
 _PRODUCTS = {80: 2048, 86: 1024, 87: 2048, 89: 1024, 90: 4096, 100: 8192, 120: 1024}
 _POPCOUNTS = 16
+# Clocks, fitted to both kernels on an H200, from 1 to 1000 queries, k = 25, 100 k to 1 M rows of 192 and 1024 bytes: mean
+# error 7 % (popcounts) and 5 %. Of other chips only the rates differ, and the share of the products' that is reached:
+# with sm_80's instructions, which do not wait for each other, it is taken to be larger.
+_POPCOUNT_SHARE = 0.8
+_PRODUCT_SHARES = {90: 0.44, 100: 0.44}
+_OTHER_PRODUCT_SHARE = 0.6
+_UNPACK = 0.21  # a word of a row, for every block of queries
+_OFFER_ROW, _OFFER = 15, 1.06  # a row for every block, a distance: on their way into the lists
+_FILL = 16_000  # a query of a block: lists that still take every row
+_PREPARE = 380_000  # more than popcounts take before anything is compared: bit planes of the queries
 _CHUNK_BYTES = 1 << 30  # of codes that are laid out anew, or moved to a GPU, at once
 
 
-def counts_bits(arch: int, n_queries: int) -> bool:
-    """Whether popcounts take no longer than tensor cores for so many queries on a GPU of compute capability ``arch``.
+def counts_bits(arch: int, n_queries: int, n_rows: int, n_bytes: int, sms: int) -> bool:
+    """Whether popcounts take no longer than tensor cores, on a GPU of compute capability ``arch`` with ``sms``
+    multiprocessors.
 
-    Cost model, clocks of a multiprocessor for a word of 32 bits of every row: blocks of popcounted queries take
-    ceil(Q / b) b / 16; those of the tensor cores ceil(Q / b) 32 b / (products a clock); b is the kernels' block for Q.
-    Few queries are limited by memory with either. So tensor cores are used from 9 queries on with sm_80 and sm_87, from
-    5 on with sm_90, from 3 on with sm_100, and from 17 on with sm_86, sm_89 and sm_120.
+    Cost model, clocks of a multiprocessor, which gets R = n_rows / sms rows of W words of 32 bits; Q' are the queries
+    rounded up to whole blocks of a kernel, of which there are n, of b queries::
+
+        popcounts      R W Q' / (16 * 0.8)
+        tensor cores   R (0.21 n W + 15 n + Q' (32 W / (share of the products a clock) + 1.06)) + 16 000 b + 380 000
+
+    Few queries are limited by memory with either. docs/search.md has the numbers of queries at which it changes.
     """
-    products = _PRODUCTS.get(arch, min(_PRODUCTS.values()))
+    products = _PRODUCTS.get(arch, min(_PRODUCTS.values())) * _PRODUCT_SHARES.get(arch, _OTHER_PRODUCT_SHARE)
+    rows, words = n_rows / sms, -(-n_bytes // 4)
+    block = hamming_popcount.default_config(n_queries)[0]
+    by_counting = rows * words * -(-n_queries // block) * block / (_POPCOUNTS * _POPCOUNT_SHARE)
+    block = hamming_planes.default_config(arch, n_queries)[0]
+    a_query = 32 * words / products + _OFFER
+    a_row = -(-n_queries // block) * (_UNPACK * words + _OFFER_ROW + block * a_query)
+    return by_counting <= rows * a_row + _FILL * min(n_queries, block) + _PREPARE
 
-    def padded(block: int) -> int:
-        return -(-n_queries // block) * block
 
-    by_counting = padded(hamming_popcount.default_config(n_queries)[0]) / _POPCOUNTS
-    return by_counting <= padded(hamming_planes.default_config(arch, n_queries)[0]) * 32 / products
-
-
-def gpu_kernel(queries: Tensor) -> ModuleType:
-    """The file whose kernels search for ``queries`` (uint8 [Q, B]): ``hamming_popcount`` or ``hamming_planes``."""
-    few = counts_bits(arch_of(queries.device), len(queries)) or queries.shape[1] > hamming_planes.MAX_BYTES
+def gpu_kernel(queries: Tensor, n_rows: int) -> ModuleType:
+    """The file whose kernels search ``n_rows`` rows for ``queries`` (uint8 [Q, B]): ``hamming_popcount`` or
+    ``hamming_planes``."""
+    n_queries, n_bytes = queries.shape
+    device = queries.device
+    few = n_bytes > hamming_planes.MAX_BYTES or counts_bits(arch_of(device), n_queries, n_rows, n_bytes, n_sms(device))
     return hamming_popcount if few else hamming_planes
 
 
@@ -199,14 +217,14 @@ def search_words(
     """The ``min(k, n_rows)`` nearest of codes that are laid out for GPUs; see ``hamming_popcount.word_major``."""
     k = min(k, n_rows)
     if k > hamming_popcount.MAX_K:  # more than a list of the kernels holds
-        distances = gpu_kernel(queries).launch_distances(queries, words, n_rows)
+        distances = gpu_kernel(queries, n_rows).launch_distances(queries, words, n_rows)
         if allowed is not None:
             distances.masked_fill_(~allowed, hamming_popcount.MAX_BYTES * 8)
         distances, rows = distances.sort(dim=1, stable=True)
         distances, rows = distances[:, :k], rows[:, :k]
         missing = distances == hamming_popcount.MAX_BYTES * 8
     else:
-        keys = gpu_kernel(queries).launch_topk(queries, words, n_rows, k, allowed)
+        keys = gpu_kernel(queries, n_rows).launch_topk(queries, words, n_rows, k, allowed)
         missing = keys == hamming_popcount.NO_KEY
         distances, rows = (keys >> 32).to(torch.int32), keys & 0xFFFFFFFF
     return distances.masked_fill(missing, -1), (rows + first_row).masked_fill(missing, -1)
@@ -216,7 +234,7 @@ def range_of_words(
     queries: Tensor, words: Tensor, n_rows: int, radius: int, allowed: Tensor | None, first_row: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows within ``radius`` among codes that are laid out for GPUs."""
-    offsets, distances, rows = gpu_kernel(queries).launch_range(queries, words, n_rows, radius, allowed)
+    offsets, distances, rows = gpu_kernel(queries, n_rows).launch_range(queries, words, n_rows, radius, allowed)
     return offsets, distances, rows + first_row
 
 
@@ -299,7 +317,7 @@ def _distances(queries: Tensor, database: Tensor, threads: int | None) -> Tensor
     queries, database = queries.detach(), database.detach()
     if _with_triton(queries) and len(database):
         parts = in_chunks(database, device)
-        return torch.cat([gpu_kernel(queries).launch_distances(queries, words, n) for _, n, words in parts], dim=1)
+        return torch.cat([gpu_kernel(queries, n).launch_distances(queries, words, n) for _, n, words in parts], dim=1)
     queries, database = queries.cpu(), database.cpu()
     if _compiled_on_cpu(queries):
         return native.hamming_distances(queries, database, threads)

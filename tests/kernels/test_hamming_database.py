@@ -119,10 +119,40 @@ def test_codes_on_the_cpu_are_searched_on_gpus() -> None:
     check(answers(queries, codes, 25, 740, None, {"devices": devices}), expected(queries, codes, 25, 740, None))
 
 
+# Milliseconds that popcounts and tensor cores took on an H200 with 132 multiprocessors (docs/search.md), k = 25.
+MEASURED = {
+    (1_000_000, 1024): {1: (0.50, 1.61), 8: (0.93, 1.45), 16: (1.57, 1.56), 32: (2.79, 1.79), 100: (8.72, 4.35)},
+    (1_000_000, 192): {1: (0.30, 0.97), 16: (0.55, 1.01), 32: (0.78, 1.08), 100: (1.96, 2.43), 1000: (14.1, 9.6)},
+    (100_000, 1024): {1: (0.30, 0.55), 16: (0.37, 0.65), 32: (0.47, 0.70), 100: (1.08, 1.38), 1000: (8.08, 4.15)},
+}
+
+
+def test_the_kernel_is_chosen_that_was_faster_where_both_were_measured() -> None:
+    for (n_rows, n_bytes), by_queries in MEASURED.items():
+        for n_queries, (counted, multiplied) in by_queries.items():
+            chosen = counted if counts_bits(90, n_queries, n_rows, n_bytes, 132) else multiplied
+            assert chosen <= 1.01 * min(counted, multiplied), (n_rows, n_bytes, n_queries)
+
+
 def test_the_crossover_is_the_one_that_is_documented() -> None:
-    crossover = {80: 9, 86: 17, 87: 9, 89: 17, 90: 5, 100: 3, 120: 17}
-    for arch, first in crossover.items():
-        assert [n for n in range(1, 3000) if not counts_bits(arch, n)] == list(range(first, 3000))
+    """(architecture, multiprocessors, rows, bytes) -> the first number of queries for tensor cores, and the first from
+    which on they always win."""
+    documented = {
+        (90, 132, 1_000_000, 1024): (9, 17),
+        (90, 132, 100_000, 1024): (233, 273),
+        (90, 132, 1_000_000, 192): (225, 297),
+        (80, 108, 1_000_000, 1024): (17, 17),
+        (87, 16, 100_000, 1024): (17, 17),
+        (86, 82, 1_000_000, 1024): (25, 393),
+        (100, 148, 1_000_000, 1024): (9, 9),
+    }
+    for (arch, sms, n_rows, n_bytes), (first, always) in documented.items():
+        multiplied = [n for n in range(1, 3000) if not counts_bits(arch, n, n_rows, n_bytes, sms)]
+        assert multiplied[0] == first
+        assert [n for n in multiplied if n >= always] == list(range(always, 3000))
+        assert always - 1 not in multiplied
+    for arch in (80, 86, 87, 89, 90, 100, 120):
+        assert all(counts_bits(arch, n, 10_000, 192, 100) for n in range(1, 1000))
 
 
 def test_answers_without_columns_or_queries_merge() -> None:
