@@ -135,9 +135,9 @@ def _distances_numpy(queries: Tensor, database: Tensor) -> Tensor:
 # over clock and multiprocessors. Popcounts: 16 (CUDA C++ Programming Guide, throughput of instructions).
 _PRODUCTS = {80: 2048, 86: 1024, 87: 2048, 89: 1024, 90: 4096, 100: 8192, 120: 1024}
 _POPCOUNTS = 16
-# Clocks, fitted to both kernels on an H200, from 1 to 1000 queries, k = 25, 100 k to 1 M rows of 192 and 1024 bytes: mean
-# error 7 % (popcounts) and 5 %. Of other chips only the rates differ, and the share of the products' that is reached:
-# with sm_80's instructions, which do not wait for each other, it is taken to be larger.
+# Clocks, fitted to both kernels on an H200, from 1 to 1000 queries, k = 25, 100 k to 1 M rows of 192 and 1024 bytes:
+# mean error 7 % (popcounts) and 5 %. Of other chips only the rates differ, and the share of the products' that is
+# reached: with sm_80's instructions, which do not wait for each other, it is taken to be larger.
 _POPCOUNT_SHARE = 0.8
 _PRODUCT_SHARES = {90: 0.44, 100: 0.44}
 _OTHER_PRODUCT_SHARE = 0.6
