@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from commands import Runner, assert_refused, photo, read_json
+from PIL import Image
 
+from tetra.cli_map import _answers
+from tetra.coordinates import CoordinateFrame
+from tetra.files import load
+from tetra.frames import Frame
+from tetra.localizer import Localizer
 from tetra.place_map import PlaceMap
 
 
@@ -126,6 +134,152 @@ def test_lines_are_written_to_a_file_that_ends_so(
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["file"] for record in records] == [str(path) for path in sorted(drive.iterdir())]
     assert [record["matches"][0]["distance"] for record in records] == [0] * 12
+
+
+def matched(out: Path) -> list[list[str]]:
+    return [[match["id"] for match in record["matches"]] for record in read_json(out)]
+
+
+def test_only_places_that_are_asked_for(tetra: Runner, model_file: Path, drive: Path, tmp_path: Path) -> None:
+    table, out = tmp_path / "where.csv", tmp_path / "out.json"
+    names = sorted(path.name for path in drive.iterdir())
+    frame = CoordinateFrame.parse("utm 56 south")
+    east, north = 333_500.0, 6_247_500.0
+    lines = [
+        "{},{:.9f},{:.9f},{}".format(name, *frame.to_latlon([east + 40 * i, north]), 30 * i)
+        for i, name in enumerate(names)
+    ]
+    table.write_text("\n".join(["file,latitude,longitude,heading", *lines]))
+    place_map = tmp_path / "map"
+    assert tetra("map", "build", model_file, drive, "-o", place_map, "--positions", table).status == 0
+    command = ("localize", model_file, place_map, drive / names[9], "--json", out, "--k", 12)
+    latitude, longitude = frame.to_latlon([east, north])
+    for point in (f"{east},{north}", f"{latitude:.8f},{longitude:.8f}"):  # a latitude below zero is no option
+        assert tetra(*command, "--near", point, "--within", 90).status == 0
+        assert [sorted(ids) for ids in matched(out)] == [names[:3]]
+    assert tetra(*command, "--heading", 345, "--heading-tolerance", 20).status == 0
+    assert [sorted(ids) for ids in matched(out)] == [sorted([names[0], names[11]])]
+    assert tetra(*command, "--near", f"{east},{north}", "--within", 90, "--heading", 30).status == 0
+    assert [sorted(ids) for ids in matched(out)] == [names[:3]]
+    assert tetra(*command, "--near", f"{east},{north}", "--within", 90, "--sequence").status == 0
+    assert [sorted(ids) for ids in matched(out)] == [names[:3]]
+
+    assert_refused(tetra(*command, "--near", "1,2"), "--near and --within go together")
+    assert_refused(tetra(*command, "--within", 5), "--near and --within go together")
+    assert_refused(tetra(*command, "--near", "here", "--within", 5), "--near here", "48.75,9.1")
+    assert_refused(tetra(*command, "--near", "48.7,9.1", "--within", 5), "--near 48.7,9.1", "longitude 9.1")
+    assert_refused(tetra(*command, "--near", "333,444", "--within", 5), "--near 333,444", "easting 333")
+    assert_refused(tetra(*command, "--near", "nan,1", "--within", 5), "--near nan,1")
+    assert_refused(tetra(*command, "--near", f"{east},{north}", "--within", -1), "--within -1")
+    assert_refused(
+        tetra(*command, "--near", f"{east},{north + 500}", "--within", 5), "none of the 12 places", "12 have a position"
+    )
+    assert_refused(tetra(*command, "--heading", 15, "--heading-tolerance", 2), "none of the 12 places", "12 a heading")
+    assert_refused(tetra(*command, "--heading", 15, "--heading-tolerance", 200), "--heading-tolerance 200")
+
+
+def test_matches_are_ranked_again_where_the_map_keeps_descriptors(
+    tetra: Runner, place_map: Path, model_file: Path, drive: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    assert_refused(tetra("localize", model_file, place_map, drive, "--rerank"), place_map, "--keep-descriptors")
+    kept = tmp_path / "kept"
+    assert tetra("map", "build", model_file, drive, "-o", kept, "--keep-descriptors").status == 0
+    photo(tmp_path / "frame.png", 99)
+    for option in ((), ("--rerank",)):
+        assert (
+            tetra("localize", model_file, kept, tmp_path / "frame.png", "--json", out, "--k", 12, *option).status == 0
+        )
+        (record,) = read_json(out)
+        if option:
+            similarities = [match["similarity"] for match in record["matches"]]
+            assert similarities == sorted(similarities, reverse=True)
+            assert record["id"] == record["matches"][0]["id"]
+        else:
+            assert all("similarity" not in match for match in record["matches"])
+    assert_refused(tetra("localize", model_file, kept, drive, "--rerank", "--sequence"), "--rerank", "--single")
+
+
+def test_no_output_may_replace_a_file_of_the_map(tetra: Runner, place_map: Path, model_file: Path, drive: Path) -> None:
+    before = {path.name: path.read_bytes() for path in place_map.iterdir()}
+    for option, name in (("--json", "map.json"), ("--html", "a.html"), ("--kml", "a.kml"), ("--strips", "strips")):
+        result = tetra("localize", model_file, place_map, drive, option, place_map / name)
+        assert_refused(result, place_map / name, "lies in the map")
+    assert_refused(tetra("map", "export", place_map, "-o", place_map / "map.json"), "lies in the map")
+    assert before == {path.name: path.read_bytes() for path in place_map.iterdir()}
+
+
+def test_what_came_before_the_end_of_a_stream_is_kept(place_map: Path, model_file: Path, drive: Path) -> None:
+    data = b"".join(path.read_bytes() for path in sorted(drive.iterdir()))
+    out, page = drive.parent / "out.json", drive.parent / "out.geojson"
+    command = [sys.executable, "-m", "tetra.cli", "localize", str(model_file), str(place_map), "-", "--json", str(out)]
+    done = subprocess.run([*command, "--geojson", str(page)], input=data[:-5], capture_output=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith("error: stdin#000011: is cut off")
+    assert done.stderr.count(b"\n") == 1
+    assert [record["file"] for record in read_json(out)] == [f"stdin#{i:06d}" for i in range(11)]
+    assert len([f for f in read_json(page)["features"] if f["properties"]["kind"] == "frame"]) == 11
+    out.unlink()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as live:
+        assert live.stdin is not None
+        assert live.stdout is not None
+        live.stdin.write(data)
+        live.stdin.flush()
+        for _ in range(12):
+            assert b"stdin#" in live.stdout.readline()
+        live.send_signal(signal.SIGINT)  # how a live camera ends
+        assert live.wait(60) == 130
+    assert len(read_json(out)) == 12
+
+
+def test_a_folder_with_a_broken_image_gives_no_part_of_a_list(
+    tetra: Runner, place_map: Path, model_file: Path, drive: Path, tmp_path: Path
+) -> None:
+    (drive / "broken.png").write_bytes(b"no picture")
+    out = tmp_path / "out.json"
+    assert_refused(tetra("localize", model_file, place_map, drive, "--json", out), "broken.png")
+    assert not out.exists()
+    assert tetra("localize", model_file, place_map, drive, "--json", out, "--skip-bad-images").status == 0
+    assert len(read_json(out)) == 12
+
+
+def test_a_full_disk_under_lines_of_json_is_named(
+    place_map: Path, model_file: Path, drive: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    limited = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)); from tetra.cli import main; main()"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        limited,
+        "localize",
+        str(model_file),
+        str(place_map),
+        str(drive),
+        "--json",
+        str(out),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert f"error: {out}: can't be written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_video_whose_clock_goes_back_begins_a_new_sequence(place_map: Path, drive: Path, model_file: Path) -> None:
+    pixels = [np.array(Image.open(path)) for path in sorted(drive.iterdir())]
+    times = [0.0, 0.1, 0.2, 0.05, 0.15, 7.0]
+    frames = [Frame(f"v#{i}", pixels[i], time, 0.0, 0, None) for i, time in enumerate(times)]
+    frames.append(Frame("w#0", pixels[6], 0.0, 0.0, 1, None))  # another video, whose clock is its own
+    with PlaceMap.open(place_map, read_only=True) as opened:
+        localizer, notices = Localizer(load(model_file), opened), list[str]()
+        answers = [answer for _, answer in _answers(frames, localizer, None, notices)]
+        assert [answer.time for answer in answers] == [*times, 0.0]
+        assert notices == ["v#3: time goes back from 0.2 to 0.05 s, so a new sequence begins"]
+        localizer.reset()
+        fresh = [localizer.push(pixels[3], 0.05), localizer.push(pixels[4], 0.15), localizer.push(pixels[5], 7.0)]
+        assert [a.belief for a in answers[3:6]] == [a.belief for a in fresh]
 
 
 @pytest.mark.parametrize("suffix", ["geojson", "kml", "html", "csv", "json"])

@@ -199,9 +199,9 @@ def test_frames_check_themselves() -> None:
     [
         ("local", (np.nan, 0), "x nan of number 1"),
         ("local", (0, np.inf), "y inf"),
-        ("local", (2e8, 0), "x 2e"),
+        ("local", (2e8, 0), "x 200000000 of number 1"),
         ("utm 32 north", (99_999, 5e6), "easting 99999"),
-        ("utm 32 north", (5e6, 5e5), "easting 5e"),
+        ("utm 32 north", (5e6, 5e5), "easting 5000000 of number 1"),
         ("utm 32 north", (5e5, 9.5e6), "northing"),
         ("utm 32 south", (5e5, 5e5), "northing"),
     ],

@@ -16,12 +16,14 @@ import tetra
 from tetra.confidence import Calibration, calibrate
 from tetra.coordinates import CoordinateFrame
 from tetra.datasets import PlaceDataset, load_dataset
+from tetra.engine import Engine
 from tetra.errors import ConfigError, DatasetError, ImageError, MapError, TetraError
 from tetra.evaluation import describe_folder
 from tetra.files import save
 from tetra.localizer import Answer, CodeMap, Localizer
 from tetra.model import TetraModel
 from tetra.place_map import PlaceMap
+from tetra.regions import Region
 from tetra.sequence_evaluation import SequenceReport, evaluate_sequences, report_sequences
 from tetra.sequences import Route
 
@@ -94,6 +96,122 @@ def test_small_maps_and_equal_places() -> None:
     assert (one.row, one.distance, one.margin, one.score, one.belief) == (0, 0, 0, 1.0, 1.0)
     twins = Localizer(None, CodeMap(codes(1).repeat(20, 1)), window=1, place_rows=0).push(codes(1)[0])
     assert (twins.row, twins.margin, twins.score) == (0, 0, 1.0)
+
+
+def test_only_places_within_a_region_are_answers() -> None:
+    references = codes(60)
+    frame = disturbed(references[20], 20, seed=1)
+    bits = hamming(frame, references)
+    localizer = Localizer(None, CodeMap(references, line(60)), window=1, k=12, place_radius_m=25.0)
+    answer = localizer.push(frame, within=Region.circle((450.0, 5.0), 100.0))
+    inside = [row for row in range(60) if abs(10 * row - 450) <= 100]
+    order = sorted(inside, key=lambda row: (bits[row], row))
+    assert [match.row for match in answer.matches] == order[:12]
+    assert answer.row == order[0]
+    assert answer.margin == min(bits[row] for row in order[:12] if abs(row - order[0]) > 2) - bits[order[0]]
+    assert localizer.push(frame).row != answer.row  # it holds for one frame
+    nowhere = Region.circle((450.0, 500.0), 10.0)
+    with pytest.raises(MapError, match="within: no place"):
+        localizer.push(frame, within=nowhere)
+    with pytest.raises(MapError, match="pass a Region"):
+        localizer.push(frame, within=(450.0, 5.0))  # type: ignore[arg-type]
+    with pytest.raises(MapError, match="within: no place"):  # no heading is known
+        localizer.push(frame, within=Region.heading(0, 180))
+
+
+def test_where_a_region_has_one_place_the_whole_map_gives_the_second() -> None:
+    """A small circle around a satellite's position holds no other place, and the score still means the same."""
+    references = codes(60)
+    frame = disturbed(references[20], 20, seed=1)
+    bits = hamming(frame, references)
+    localizer = Localizer(None, CodeMap(references, line(60)), window=1, k=12, place_radius_m=25.0)
+    free = localizer.push(frame)
+    within = localizer.push(frame, within=Region.circle((200.0, 5.0), 15.0))
+    assert {match.row for match in within.matches} == {19, 20, 21}
+    assert (within.row, within.margin, within.score) == (free.row, free.margin, free.score)
+    far = localizer.push(frame, within=Region.circle((500.0, 5.0), 15.0))
+    assert {match.row for match in far.matches} == {49, 50, 51}
+    assert far.margin == bits.min() - bits[far.row] < 0
+    assert far.score > 1
+
+
+def test_a_sequence_forgets_what_lies_outside_of_a_region() -> None:
+    half = codes(40)
+    references = torch.cat([half, half])  # two streets that look the same
+    positions = np.concatenate([line(40), line(40) + np.array([0, 1000])])
+    localizer = Localizer(None, CodeMap(references, positions), k=10)
+    for i in range(10):
+        assert localizer.push(disturbed(half[i], 10, seed=i)).row < 40  # of two that are alike, the first
+    there = Region.circle((100.0, 1005.0), 300.0)
+    for i in range(10, 20):
+        answer = localizer.push(disturbed(half[i], 10, seed=i), within=there)
+        assert answer.row >= 40
+        assert answer.position is not None
+        assert answer.position[1] == pytest.approx(1005.0)
+    assert abs(answer.row - 59) <= 1
+    for i in range(20, 25):  # what was learnt stays when the region goes
+        assert localizer.push(disturbed(half[i], 10, seed=i)).row >= 40
+    localizer.push(half[24])
+    again = localizer.push(half[24], within=Region.circle((0.0, 5.0), 300.0))  # the very same frame, another region
+    assert again.row < 40
+
+
+def test_a_region_that_has_one_row_is_followed_by_a_sequence() -> None:
+    references = codes(60)
+    localizer = Localizer(None, CodeMap(references, line(60)), k=12)
+    for i in range(5):
+        localizer.push(disturbed(references[i], 10, seed=i))
+    only = Region.circle((300.0, 5.0), 1.0)
+    for i in (30, 30, 30):
+        assert localizer.push(disturbed(references[i], 10, seed=i + 1), within=only).row == 30
+
+
+@pytest.mark.parametrize("with_engine", [False, True])
+def test_matches_are_ranked_again_by_kept_descriptors(
+    tmp_path: Path, tiny_model: TetraModel, with_engine: bool
+) -> None:
+    model = tiny_model.pack()
+    save(model, tmp_path / "tiny.safetensors")
+    images = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():
+        floats = model(images).float()
+    engine = Engine(model, dtype=torch.float32).warm_up() if with_engine else None
+    assert model.content_hash is not None
+    made = {"model_hash": model.content_hash, "code_bytes": 8, "frame": CoordinateFrame()}
+    with (
+        PlaceMap.create(tmp_path / "map", keep_descriptors=64, **made) as places,
+        PlaceMap.create(tmp_path / "bare", **made) as bare,
+    ):
+        ids = [f"{i}" for i in range(30)]
+        # Descriptors that say something else than the codes.
+        kept = floats.flip(0) + 0.02 * torch.randn(30, 64)
+        places.add_many(ids, model.describe(images), line(30), descriptors=kept)
+        bare.add_many(ids, model.describe(images), line(30))
+        localizer = Localizer(model, places, window=1, k=10, rerank=True, engine=engine, place_radius_m=5.0)
+        plain = Localizer(model, places, window=1, k=10, engine=engine, place_radius_m=5.0)
+        for i in range(0, 30, 5):
+            answer, nearest = localizer.push(images[i]), plain.push(images[i])
+            rows = [match.row for match in nearest.matches]
+            cosine = torch.nn.functional.cosine_similarity(kept[rows].half().float(), floats[i : i + 1]).tolist()
+            order = sorted(range(10), key=lambda rank: (-cosine[rank], rank))
+            assert [match.row for match in answer.matches] == [rows[rank] for rank in order]
+            assert [match.similarity for match in answer.matches] == pytest.approx(
+                sorted(cosine, reverse=True), abs=1e-3
+            )
+            assert answer.row == rows[order[0]]
+            assert answer.distance == hamming(model.describe(images[i : i + 1])[0], model.describe(images))[answer.row]
+            assert answer.to_dict()["matches"][0].keys() == {"id", "distance", "position", "similarity"}
+            assert nearest.to_dict()["matches"][0].keys() == {"id", "distance", "position"}
+        with pytest.raises(ConfigError, match="push the image"):
+            localizer.push(torch.zeros(8, dtype=torch.uint8))
+        with pytest.raises(ConfigError, match="use window 1"):
+            Localizer(model, places, rerank=True)
+        with pytest.raises(ConfigError, match="give the model"):
+            Localizer(None, places, window=1, rerank=True)
+        with pytest.raises(MapError, match=r"keeps no float descriptors.*--keep-descriptors"):
+            Localizer(model, bare, window=1, rerank=True)
+        with pytest.raises(ConfigError, match="use a PlaceMap"):
+            Localizer(model, CodeMap(codes(4)[:, :8], model_hash=model.content_hash), window=1, rerank=True)
 
 
 @pytest.mark.parametrize("quantity", ["ratio", "distance"])

@@ -86,7 +86,7 @@ def test_exif_gives_positions_headings_and_nothing(tmp_path: Path) -> None:
         ("file,x,y\na/1.jpg,1.5,-2\nb.jpg,3,4\n", "local", [[1.5, -2], [3, 4]]),
         ("FILE, East ,north,zone\nb.jpg,500003,5400004,32 north\n", "utm 32 north", [[np.nan] * 2, [500003, 5400004]]),
         ("file,x,y,time,heading\r\nb.jpg,3,4,17.5,\r\nelsewhere.jpg,1,1,1,1\r\n", "local", [[np.nan] * 2, [3, 4]]),
-        ("﻿file,x,y\nb.jpg,3,\n", "local", [[np.nan] * 2, [3, np.nan]]),
+        ("﻿file,x,y\nb.jpg,,\n", "local", [[np.nan] * 2, [np.nan] * 2]),
     ],
 )
 def test_a_table_gives_positions(tmp_path: Path, text: str, frame: str, positions: list[list[float]]) -> None:
@@ -120,15 +120,25 @@ def test_degrees_in_a_table_are_converted(tmp_path: Path) -> None:
         ("file,x,y\nb.jpg,1,two\n", "line 2: y is 'two'"),
         ("file,x,y\nb.jpg,1,nan\n", "line 2: y is 'nan'"),
         ("file,x,y\nb.jpg,1,2\nb.jpg,1,2\n", "line 3: b.jpg stands in line 2 too"),
-        ("file,latitude,longitude\nb.jpg,95,3\n", "latitude 95"),
-        ("file,east,north,zone\nb.jpg,500000,1,61 north\n", "zone 61"),
+        ("file,x,y\nb.jpg,3,\n", "line 2: has one of x and y only"),
+        ("file,x,y\nb.jpg,1,2\nc.jpg,3,4,5\n", "line 3: has more fields"),
+        ("file,x,y,heading\nb.jpg,1,2,400\n", "line 2: heading is 400"),
+        ("file,latitude,longitude\nb.jpg,95,3\n", r"where\.csv: line 2: latitude 95"),
+        ("file,latitude,longitude\nb.jpg,48,8\na.jpg,-89.9,8\n", r"where\.csv: line 3: latitude -89\.9"),
+        ("file,latitude,longitude\nb.jpg,48,11.9\na.jpg,48,12.1\n", "line 2 is in UTM zone 32.*line 3 in 33.*--frame"),
+        ("file,latitude,longitude\na.jpg,-17,179.9\nb.jpg,-17,-179.9\n", "--frame, such as 'utm 1 south'"),
+        ("file,latitude,longitude\na.jpg,-0.1,9\nb.jpg,0.1,9\n", r"several hemispheres.*--frame"),
+        ("file,east,north,zone\nb.jpg,500000,1,61 north\n", r"where\.csv: .*zone 61"),
+        ("file,east,north,zone\nb.jpg,5,5400000,32 north\n", "line 2: positions: easting 5 is not"),
     ],
 )
 def test_a_table_that_cannot_be(tmp_path: Path, text: str, words: str) -> None:
     table = tmp_path / "where.csv"
     table.write_text(text)
     with pytest.raises((DatasetError, MapError), match=words):
-        read_poses(tmp_path, [tmp_path / "b.jpg"], table)
+        read_poses(
+            tmp_path, [tmp_path / name for name in ("b.jpg", "a.jpg") if name in text] or [tmp_path / "b.jpg"], table
+        )
 
 
 def test_a_table_in_two_zones_that_is_missing_or_no_text(tmp_path: Path) -> None:
@@ -176,8 +186,24 @@ def test_nothing_is_left_of_a_map_that_was_not_finished(model: TetraModel, tmp_p
     assert (report.n_added, len(report.skipped)) == (1, 1)
     with pytest.raises(MapError, match="exists already"):
         build_map(model, tmp_path / "drive", tmp_path / "map", progress=False)
-    with pytest.raises(MapError, match="can't be"):
+    with pytest.raises(MapError, match=r"map: the folder .*nowhere' does not exist"):
         build_map(model, tmp_path / "drive", tmp_path / "nowhere/map", skip_bad_images=True, progress=False)
+
+
+def test_a_folder_is_added_as_a_whole_or_not_at_all(model: TetraModel, tmp_path: Path) -> None:
+    photo(tmp_path / "drive/1.png", 1)
+    build_map(model, tmp_path / "drive", tmp_path / "map", progress=False)
+    for i in range(3):
+        photo(tmp_path / f"more/{i}.jpg", i)
+    whole = (tmp_path / "more/2.jpg").read_bytes()
+    (tmp_path / "more/2.jpg").write_bytes(whole[: len(whole) - 200])  # its header can be read, its pixels can't
+    with PlaceMap.open(tmp_path / "map") as place_map:
+        with pytest.raises(ImageError, match=r"2\.jpg"):
+            add_folder(model, place_map, tmp_path / "more", prefix="m/", batch_size=1, progress=False)
+        assert place_map.ids(place_map.rows()) == ["1.png"]
+        (tmp_path / "more/2.jpg").write_bytes(whole)
+        add_folder(model, place_map, tmp_path / "more", prefix="m/", batch_size=1, progress=False)
+        assert place_map.ids(place_map.rows()) == ["1.png", "m/0.jpg", "m/1.jpg", "m/2.jpg"]
 
 
 def test_models_that_cannot_make_a_map(model: TetraModel, tiny_model: TetraModel, tmp_path: Path) -> None:

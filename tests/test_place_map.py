@@ -28,7 +28,7 @@ from tetra.coordinates import LOCAL, CoordinateFrame
 from tetra.errors import MapError, TetraError
 from tetra.files import save
 from tetra.journal import Journal
-from tetra.kernels import pack_bits
+from tetra.kernels import HammingDatabase, pack_bits
 from tetra.map_columns import Added, Blobs, Ids, Places, Removed, hash_ids
 from tetra.map_manifest import read_manifest
 from tetra.map_segments import Segment
@@ -351,6 +351,17 @@ def test_an_id_may_come_back(map: PlaceMap) -> None:
     assert map.positions(map.row("a")).tolist() == [3.0, 3.0]
 
 
+def test_headings_are_kept_from_0_to_below_360(map: PlaceMap) -> None:
+    given = [0.0, -1e-20, 360.0, -360.0, 359.9999999999, -90.0, 450.0 - 360.0]
+    map.add_many([f"{i}" for i in range(len(given))], make_codes(len(given)), None, headings=given)
+    headings = map.headings(map.rows())
+    assert ((headings >= 0) & (headings < 360)).all()
+    assert headings.tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 270.0, 90.0]
+    north = Region.heading(0, 1)
+    assert [match.row for match in map.query(make_codes(1)[0], 9, within=north)] != []
+    assert {match.row for match in map.query(make_codes(1)[0], 9, within=north)} == {0, 1, 2, 3, 4}
+
+
 def test_times_in_any_order_are_kept(map: PlaceMap) -> None:
     """A clock that goes back, or ran wrongly, changes nothing: times are data."""
     times = [5.0, 4.0, -1e18, 4.0, 1.7e9, 0.0]
@@ -547,6 +558,118 @@ def test_regions_that_cannot_be() -> None:
     refuse(lambda: Region.box((0, 0), (1, -1)), "low corner first")
     refuse(lambda: Region.box((0, 0), (1, float("inf"))), "finite")
     refuse(lambda: Region.heading(0, 181), "tolerance 181")
+    refuse(lambda: Region.heading("east", 10), "'east'", "2 finite numbers")  # type: ignore[arg-type]
+    refuse(lambda: Region.circle((0, 0, 0), 1), "(0, 0, 0)", "2 finite numbers")  # type: ignore[arg-type]
+    refuse(lambda: Region.circle((0, 0), None), "radius", "1 finite number")  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        Region.circle((0, 0), 1) & 3  # type: ignore[operator]
+
+
+def _with_history(path: Path, **options: Any) -> PlaceMap:
+    """A map with several segments, removed and moved places in them, and places in the journal; many distances tie."""
+    places = create(path, **options)
+    rng = np.random.default_rng(3)
+    codes = rng.integers(0, 2, (400, B), dtype=np.uint8)
+    for start in range(0, 400, 100):
+        ids = [f"{i}" for i in range(start, start + 100)]
+        places.add_many(ids, codes[start : start + 100], rng.random((100, 2)) * 100, headings=rng.random(100) * 360)
+        places.remove(ids[::7])
+        if start < 300:
+            places.save()
+    places.update_positions(["1", "150", "399"], [(50, 50)] * 3)
+    places.remove(["2", "250", "396"])
+    return places
+
+
+def _assert_same_answers(one: PlaceMap, other: PlaceMap) -> None:
+    queries = np.random.default_rng(4).integers(0, 2, (20, B), dtype=np.uint8)
+    for k in (1, 7, len(one)):
+        for max_distance in (None, 2):
+            for within in (None, Region.circle((50, 50), 20) & Region.heading(0, 90), Region.circle((999, 0), 1)):
+                mine = one.search(queries, k, max_distance=max_distance, within=within)
+                its = other.search(queries, k, max_distance=max_distance, within=within)
+                assert np.array_equal(mine.rows, its.rows)
+                assert np.array_equal(mine.distances, its.distances)
+
+
+GPU = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(
+    "devices",
+    [["cpu"], ["cpu"] * 3, pytest.param(["cuda"], marks=GPU), pytest.param(["cuda", "cpu", "cuda"], marks=GPU)],
+)
+def test_searches_on_devices_give_the_same_answers(tmp_path: Path, devices: list[str]) -> None:
+    with (
+        _with_history(tmp_path / "map") as places,
+        PlaceMap.open(places.path, read_only=True, search_devices=devices) as reader,
+    ):
+        _assert_same_answers(reader, places)
+        places.remove(["3", "397"])
+        places.add("new", make_codes(1)[0], (50, 50))
+        reader.refresh()
+        _assert_same_answers(reader, places)
+        places.compact()
+        reader.refresh()
+        assert reader.statistics()["segments"] == 1
+        _assert_same_answers(reader, places)
+    with _with_history(tmp_path / "writer", search_devices=devices) as writer:  # which sees its own changes
+        writer.save()
+        writer.add("new", make_codes(1)[0], (50, 50))
+        with PlaceMap.open(writer.path, read_only=True) as reader:
+            _assert_same_answers(writer, reader)
+
+
+IN_THE_INTERPRETER = """
+import sys
+import numpy as np
+from tetra.place_map import PlaceMap, Region
+queries = np.random.default_rng(4).integers(0, 2, (3, 5), dtype=np.uint8)
+with PlaceMap.open(sys.argv[1], read_only=True, search_devices=["cpu"]) as places:
+    for within in (None, Region.circle((50, 50), 20)):
+        hits = places.search(queries, 7, within=within)
+        print([hits.rows.tolist(), hits.distances.tolist()])
+"""
+
+
+def test_the_kernels_of_gpus_give_the_same_answers(tmp_path: Path) -> None:
+    with _with_history(tmp_path / "map") as places:
+        done = subprocess.run(
+            [sys.executable, "-c", IN_THE_INTERPRETER, str(places.path)],
+            env={**os.environ, "TRITON_INTERPRET": "1", "TETRA_BACKEND": "interpreter"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        queries = np.random.default_rng(4).integers(0, 2, (3, B), dtype=np.uint8)
+        for line, within in zip(done.stdout.splitlines(), (None, Region.circle((50, 50), 20)), strict=True):
+            hits = places.search(queries, 7, within=within)
+            assert json.loads(line) == [hits.rows.tolist(), hits.distances.tolist()]
+
+
+def test_a_segment_is_laid_out_once_and_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    class Counted(HammingDatabase):
+        def __init__(self, codes: torch.Tensor, **options: Any) -> None:
+            made.append(len(codes))
+            super().__init__(codes, **options)
+
+    monkeypatch.setattr("tetra.map_search.HammingDatabase", Counted)
+    with _with_history(tmp_path / "map", search_devices=["cpu"]) as places:
+        for _ in range(3):
+            places.search(make_codes(2), 3)
+        assert made == [85, 85, 85]  # what was removed before is not in a segment
+        places.remove(["5"])
+        places.search(make_codes(2), 3)
+        assert made == [85, 85, 85]
+        left = len(places)
+        places.compact()
+        assert places._searcher._laid_out == {}  # type: ignore[attr-defined]
+        places.search(make_codes(2), 3)
+        assert made == [85, 85, 85, left]
 
 
 def test_ranking_again_by_the_float_descriptor(tmp_path: Path) -> None:
@@ -738,6 +861,43 @@ def test_one_writer(map: PlaceMap) -> None:
         again.add("a", make_codes(1)[0], None)
 
 
+def test_a_fork_that_closes_the_map_leaves_it_to_its_parent(map: PlaceMap) -> None:
+    map.add("before", make_codes(1)[0], None)
+    go_read, go_write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.read(go_read, 1)
+        try:
+            map.close()
+        finally:
+            os._exit(0)
+    map.save()  # other files count now than the fork knows of
+    map.add("after", make_codes(1)[0], None)
+    os.write(go_write, b"x")
+    os.waitpid(pid, 0)
+    os.close(go_read)
+    os.close(go_write)
+    refuse(lambda: PlaceMap.open(map.path), "open for writing")
+    map.add("last", make_codes(1)[0], None)
+    with PlaceMap.open(map.path, read_only=True) as reader:
+        assert reader.ids(reader.rows()) == ["before", "after", "last"]
+
+
+def test_a_map_in_the_place_of_another_is_noticed(tmp_path: Path) -> None:
+    with create(tmp_path / "map") as old:
+        old.add_many(["a", "b", "c"], GOOD, None)
+        reader = PlaceMap.open(old.path, read_only=True)
+        shutil.rmtree(old.path)
+        with create(tmp_path / "map", model_hash="cd" * 32) as new:
+            new.add("z", make_codes(1)[0], None)
+            refuse(reader.refresh, str(old.path), "another map", "open it again")
+            assert reader.ids(reader.rows()) == ["a", "b", "c"]
+            refuse(old.save, "another map")
+            new.add("y", make_codes(1)[0], None)
+            with PlaceMap.open(new.path, read_only=True) as again:
+                assert again.ids(again.rows()) == ["z", "y"]
+
+
 def test_a_fork_may_not_write(map: PlaceMap) -> None:
     pid = os.fork()
     if pid == 0:
@@ -861,7 +1021,7 @@ GOOD = make_codes(3)
         ({"ids": ["a", "\ud800", "b"]}, ("number 1", "Unicode")),
         ({"positions": [(0, 0), (0, np.nan), (0, 0)]}, ("positions", "nan", "number 1")),
         ({"positions": [(0, 0), None, (np.inf, 0)]}, ("positions", "inf", "number 2")),
-        ({"positions": [(0, 0), (0, -2e8), (0, 0)]}, ("positions", "-2e+08")),
+        ({"positions": [(0, 0), (0, -2e8), (0, 0)]}, ("positions", "-200000000")),
         ({"positions": [(0, 0), (0, 0)]}, ("positions", "[2, 2]", "[3, 2]")),
         ({"positions": [(0, 0), None]}, ("positions", "[2, 2]", "[3, 2]")),
         ({"positions": "here"}, ("positions", "numbers")),
@@ -952,7 +1112,12 @@ def test_searches_that_cannot_be(map: PlaceMap) -> None:
     refuse(lambda: map.search(GOOD, 4), "k 4", "between 1 and 3")
     refuse(lambda: map.search(GOOD, 1.5), "k 1.5")  # type: ignore[arg-type]
     refuse(lambda: map.search(make_codes(2, n_bytes=4), 1), "codes", "[2, 4]", "[queries, 5]", HASH[:12])
-    refuse(lambda: map.search(GOOD, 1, max_distance=-1), "max_distance -1")
+    refuse(lambda: map.search(GOOD, True), "k True")
+    for distance in (-1, 1.5, float("nan"), "7"):
+        refuse(lambda: map.search(GOOD, 1, max_distance=distance), f"max_distance {distance!r}")  # type: ignore[arg-type]  # noqa: B023
+    refuse(lambda: map.search(GOOD, 1, within="here"), "within 'here'", "Region")  # type: ignore[arg-type]
+    refuse(lambda: map.query([1, 2, 3]), "query: list", "a code [5]")  # type: ignore[arg-type]
+    refuse(lambda: map.query(GOOD), "shape [3, 5]", "a code [5]")
     refuse(lambda: map.query(GOOD[0], 0), "k 0")
     assert next(match.id for match in map.query(GOOD[0], 99)) == "a"
     assert len(map.query(GOOD[0], 99)) == 3
@@ -966,7 +1131,17 @@ def test_changes_that_cannot_be(map: PlaceMap) -> None:
     refuse(lambda: map.update_positions(["a", "b", "a"], [(0, 0)] * 3), "'a'", "twice")
     refuse(lambda: map.update_positions(["a"], [(0, 0)] * 3), "[3, 2]", "[1, 2]")
     refuse(lambda: map.update_positions(["a"], [None]), "positions")
+    refuse(lambda: map.remove("abc"), "'abc'", "list")
+    refuse(lambda: map.update_positions("abc", [(0, 0)] * 3), "'abc'", "list")
+    refuse(lambda: map.add("d", [1, 2, 3, 4, 5], None), "codes: list", "uint8")  # type: ignore[arg-type]
+    refuse(lambda: map.rows_of("abc"), "'abc'", "list")
+    refuse(lambda: map.remove(3), "list")  # type: ignore[arg-type]
     assert len(map) == 3
+    assert map.add_many(np.array(["d", "e"]), make_codes(2), None).tolist() == [3, 4]
+    assert map.add_many((id for id in ["f"]), make_codes(1), None).tolist() == [5]  # type: ignore[arg-type]
+    map.update_positions(np.array(["d"]), [(7, 8)])  # type: ignore[arg-type]
+    assert map.positions([3]).tolist() == [[7, 8]]
+    map.remove(np.array(["d", "e", "f"]))  # type: ignore[arg-type]
     map.remove([])
     map.update_positions([], [])
     assert map.add_many([], GOOD[:0], None).tolist() == []
@@ -980,6 +1155,11 @@ def test_changes_that_cannot_be(map: PlaceMap) -> None:
         ({"code_bytes": 0}, ("code_bytes 0",)),
         ({"code_bytes": 2.5}, ("code_bytes 2.5",)),
         ({"keep_descriptors": 0}, ("keep_descriptors 0",)),
+        ({"code_bytes": True}, ("code_bytes True",)),
+        ({"frame": "utm 32 north"}, ("frame 'utm 32 north'", "CoordinateFrame")),
+        ({"search_devices": []}, ("search_devices", "'cuda'")),
+        ({"search_devices": ["cuda:99"]}, ("search_devices", "'cuda:99'")),
+        ({"search_devices": ["nonsense"]}, ("search_devices", "'nonsense'")),
     ],
 )
 def test_maps_that_cannot_be(tmp_path: Path, options: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -1139,6 +1319,63 @@ def test_missing_files(full: Path, kind: str) -> None:
     path = next(full.glob(kind))
     path.unlink()
     refuse(lambda: PlaceMap.open(full, read_only=True), "map.json" if kind == "map.json" else str(path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("damage", ["flip", "zeros", "noise"])
+def test_a_damaged_small_map_is_refused_as_it_is_opened(full: Path, kind: str, damage: str) -> None:
+    path = next(full.glob(kind))
+    whole = path.read_bytes()
+    rng = np.random.default_rng(len(damage))
+    for position in rng.choice(len(whole), 60, replace=False).tolist():
+        damaged = bytearray(whole)
+        if damage == "flip":
+            damaged[position] ^= 1 << int(rng.integers(8))
+        else:
+            n = len(damaged[position : position + 64])
+            damaged[position : position + 64] = bytes(n) if damage == "zeros" else rng.bytes(n)
+        if damaged != whole:
+            path.write_bytes(damaged)
+            refuse(lambda: PlaceMap.open(full, read_only=True), str(full))
+
+
+def _look_up_all(places: PlaceMap) -> None:
+    rows = places.rows()
+    for column in (places.ids, places.metadata, places.thumbnails, places.codes, places.positions):
+        column(rows)
+    places.rows_of([f"{i}" for i in range(50)])
+
+
+def _search_some(places: PlaceMap) -> None:
+    places.query(GOOD[0], 9)
+    places.search(GOOD, 3, within=Region.circle((0, 0), 1))
+
+
+@pytest.mark.parametrize("kind", ["segment-*", "changes-*"])
+def test_damage_in_a_map_too_large_to_be_checked_is_no_traceback(
+    full: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PlaceMap, "checked_bytes", 0)
+    path = next(full.glob(kind))
+    whole = path.read_bytes()
+    rng = np.random.default_rng(1)
+    start = 8 + int.from_bytes(whole[:8], "little")
+    refused: list[str] = []
+    for position in rng.integers(start, len(whole), 40).tolist():
+        damaged = bytearray(whole)
+        damaged[position : position + 8] = rng.bytes(len(damaged[position : position + 8]))
+        path.write_bytes(damaged)
+        shutil.rmtree(full.with_name("copy"), ignore_errors=True)
+        shutil.copytree(full, full.with_name("copy"))
+        with PlaceMap.open(full.with_name("copy")) as places:
+            for call in (_look_up_all, _search_some, lambda m: m.add("more", GOOD[0], None), PlaceMap.compact):
+                try:
+                    call(places)
+                except TetraError as error:
+                    refused.append(str(error))
+    assert all("\n" not in message and str(full.with_name("copy")) in message for message in refused)
+    if kind == "segment-*":
+        assert any("tetra map info --verify" in message for message in refused)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json as json_module
 import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,14 +24,17 @@ from tetra.cli_parts import (
     print_report,
     write_json,
 )
-from tetra.errors import ConfigError
+from tetra.errors import ConfigError, ImageError, MapError, TetraError
 
 if TYPE_CHECKING:
     from tetra.confidence import Calibration
-    from tetra.localizer import Answer
+    from tetra.coordinates import CoordinateFrame
+    from tetra.frames import Frame
+    from tetra.localizer import Answer, Localizer, Timings
     from tetra.map_building import BuildReport
     from tetra.map_outputs import FrameResult
     from tetra.place_map import PlaceMap
+    from tetra.regions import Region
 
 map_app = typer.Typer(no_args_is_help=True, help="Build, extend and look at place maps.", rich_markup_mode=None)
 
@@ -42,6 +48,8 @@ Thumbnails = Annotated[bool, typer.Option(help="Keep a small picture of every pl
 
 LINES = (".jsonl", ".ndjson")
 STREETS = "OpenStreetMap"
+LATENCIES_KEPT = 100_000
+"""frames of which percentiles are told: a live camera may run for weeks"""
 
 
 @map_app.command("build")
@@ -61,7 +69,7 @@ def map_build(
     ] = None,
     thumbnails: Thumbnails = True,
     keep_descriptors: Annotated[
-        bool, typer.Option("--keep-descriptors", help="Keep the float descriptors too, for ranking a shortlist again.")
+        bool, typer.Option("--keep-descriptors", help="Keep the float descriptors too, for `localize --rerank`.")
     ] = False,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -228,6 +236,7 @@ def map_export(
     from tetra.place_map import PlaceMap
 
     check_output(out)
+    _refuse_inside(place_map, out)
     with PlaceMap.open(place_map, read_only=True) as opened:
         if out.suffix == ".geojson":
             write_geojson(out, [], opened, with_places=True)
@@ -242,6 +251,13 @@ def map_export(
         else:
             raise ConfigError(f"{out}: can't tell what to write; end it in .geojson, .kml, .html, .csv or .json")
         print(f"{out}: {len(opened)} places")
+
+
+def _refuse_inside(place_map: Path, *outputs: Path | None) -> None:
+    """A file that replaced one of the map's own would destroy it."""
+    for path in outputs:
+        if path is not None and place_map.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ConfigError(f"{path}: lies in the map {place_map}, whose folder is its own; choose another place")
 
 
 def read_calibration(path: Path) -> dict[str, Calibration]:
@@ -291,6 +307,24 @@ def localize(
         typer.Option("--sequence/--single", help="Use the frames before. [default: for videos and stdin]"),
     ] = None,
     window: Annotated[int, typer.Option(min=2, help="Frames that a sequence remembers.")] = 30,
+    near: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAT,LON|X,Y",
+            help="Only places around this point, X,Y in the map's metres. With --within.",
+        ),
+    ] = None,
+    within: Annotated[float | None, typer.Option(metavar="M", help="How far from --near, in metres.")] = None,
+    heading: Annotated[
+        float | None, typer.Option(metavar="DEG", help="Only places that look this way, clockwise from north.")
+    ] = None,
+    heading_tolerance: Annotated[
+        float, typer.Option(metavar="DEG", help="How far from --heading, to either side.")
+    ] = 45.0,
+    rerank: Annotated[
+        bool,
+        typer.Option("--rerank", help="Rank the matches of single frames by float descriptors that the map keeps."),
+    ] = False,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Which answers to accept. [default: what the map has]")
     ] = None,
@@ -316,17 +350,30 @@ def localize(
 
     from tetra.engine import Engine
     from tetra.files import check_output, load
-    from tetra.frames import STDIN, open_frames
+    from tetra.frames import open_frames
     from tetra.localizer import Localizer
-    from tetra.map_outputs import FrameResult, frame_record, latency_table, peak_memory_bytes, with_decode_ms
+    from tetra.map_outputs import FrameResult, frame_record, latency_table, peak_memory_bytes
     from tetra.picture_strips import StripWriter, thumbnail
     from tetra.place_map import PlaceMap
 
-    for path in (geojson, kml, html, None if json in (None, "-") else Path(str(json))):
+    json_path = None if json in (None, "-") else Path(str(json))
+    for path in (geojson, kml, html, json_path):
         if path is not None:
             check_output(path)
-    loaded = load(model, device=chosen_device(device))
-    with PlaceMap.open(place_map, read_only=True, model_hash=loaded.content_hash) as opened, _Records(json) as records:
+    _refuse_inside(place_map, geojson, kml, html, json_path, strips)
+    is_sequence = _is_stream(paths) if sequence is None else sequence
+    if rerank and is_sequence:
+        raise ConfigError("--rerank: ranks the matches of single frames, a sequence weighs bits; add --single")
+    chosen_for = chosen_device(device)
+    loaded = load(model, device=chosen_for)
+    search_devices = None if chosen_for == "cpu" else [chosen_for]
+    with (
+        PlaceMap.open(
+            place_map, read_only=True, model_hash=loaded.content_hash, search_devices=search_devices
+        ) as opened,
+        _Records(json) as records,
+    ):
+        region = _region(opened, near, within, heading, heading_tolerance)
         skipped: list[str] = []
         frames = open_frames(
             paths,
@@ -336,7 +383,6 @@ def localize(
             on_error="skip" if skip_bad_images else "raise",
             skipped=skipped,
         )
-        is_sequence = _is_stream(paths) if sequence is None else sequence
         chosen = read_calibration(calibration) if calibration else _calibrations_of(opened)
         localizer = Localizer(
             loaded,
@@ -347,35 +393,121 @@ def localize(
             window=window if is_sequence else 1,
             k=max(25, k),
             calibration=chosen.get("sequence" if is_sequence else "frame"),
+            rerank=rerank,
         )
         strip_writer = None if strips is None else StripWriter(strips, opened)
-        keeps_pictures = html is not None
-        results: list[FrameResult] = []
-        last_sequence = None
-        for frame in frames:
-            if frame.sequence != last_sequence and is_sequence:
-                localizer.reset()
-            last_sequence = frame.sequence
-            # Cameras write whole seconds into pictures, too coarse for a sequence; a video has the time of each frame.
-            time = frame.time_s if is_sequence and frame.path is None and not frame.name.startswith(STDIN) else None
-            answer = with_decode_ms(localizer.push(frame.pixels, time), frame.decode_ms)
-            picture = thumbnail(frame.pixels) if keeps_pictures else None
-            results.append(FrameResult(frame.name, answer, picture, frame.sequence))
-            records.write(frame_record(frame.name, answer, k))
-            if strip_writer is not None:
-                strip_writer.write(frame.name, frame.pixels, answer, k)
-            if json != "-":
-                _print_answer(frame.name, answer)
-        notices = [f"left out: {reason}" for reason in skipped]
-        if results and results[0].answer.accepted is None:
+        results: list[FrameResult] = []  # only where files need them, as a live camera may run for weeks
+        is_mapped = any(path is not None for path in (geojson, kml, html))
+        timings: deque[Timings] = deque(maxlen=LATENCIES_KEPT)
+        notices: list[str] = []
+        n_frames = n_accepted = 0
+        ended: BaseException | None = None
+        try:
+            for frame, answer in _answers(frames, localizer, region, notices):
+                n_frames += 1
+                n_accepted += answer.accepted is True
+                timings.append(answer.timings)
+                if is_mapped:
+                    picture = thumbnail(frame.pixels) if html is not None else None
+                    results.append(FrameResult(frame.name, answer, picture, frame.sequence))
+                records.write(frame_record(frame.name, answer, k))
+                if strip_writer is not None:
+                    strip_writer.write(frame.name, frame.pixels, answer, k)
+                if json != "-":
+                    _print_answer(frame.name, answer)
+        except (KeyboardInterrupt, ImageError) as error:
+            # So ends a stream: what came before counts.
+            if not _is_stream(paths) or not n_frames:
+                raise
+            ended = error
+        records.finish()
+        _write_maps(opened, results, geojson, kml, html, tiles)
+        if isinstance(ended, TetraError):
+            raise ended
+        if n_frames and localizer.calibration is None:
             kind = "sequences" if is_sequence else "single frames"
             notices.append(
                 f"the map is not calibrated for {kind}, so nothing is accepted or rejected; see map calibrate"
             )
-        _write_maps(opened, results, geojson, kml, html, tiles)
-        latency = latency_table([result.answer.timings for result in results])
-        _print_summary(results, latency, peak_memory_bytes(), Console(stderr=True))
-        print_report([], notices, [], None)
+        _print_summary(n_frames, n_accepted, latency_table(timings), peak_memory_bytes(), Console(stderr=True))
+        print_report([], [*(f"left out: {reason}" for reason in skipped), *notices], [], None)
+        if ended is not None:
+            raise ended
+
+
+def _answers(
+    frames: Iterable[Frame], localizer: Localizer, region: Region | None, notices: list[str]
+) -> Iterator[tuple[Frame, Answer]]:
+    """Each frame with its answer; sequences begin where frames do, and where the time of a video goes back."""
+    from tetra.frames import STDIN
+    from tetra.map_outputs import with_decode_ms
+
+    last: tuple[int, float | None] | None = None
+    for frame in frames:
+        time = None
+        if localizer.window > 1:
+            # Cameras write whole seconds into pictures, too coarse for a sequence; a video has the time of each frame.
+            time = frame.time_s if frame.path is None and not frame.name.startswith(STDIN) else None
+            if last is not None and last[0] == frame.sequence and _is_before(time, last[1]):
+                notices.append(f"{frame.name}: time goes back from {last[1]} to {time} s, so a new sequence begins")
+                localizer.reset()
+            elif last is None or last[0] != frame.sequence:
+                localizer.reset()
+            last = (frame.sequence, time)
+        yield frame, with_decode_ms(localizer.push(frame.pixels, time, within=region), frame.decode_ms)
+
+
+def _is_before(time: float | None, other: float | None) -> bool:
+    return time is not None and other is not None and time < other
+
+
+def _region(
+    place_map: PlaceMap, near: str | None, within: float | None, heading: float | None, tolerance: float
+) -> Region | None:
+    """What ``--near``, ``--within`` and ``--heading`` ask for, if the map has a place there."""
+    import numpy as np
+
+    from tetra.regions import Region
+
+    if (near is None) != (within is None):
+        raise ConfigError("--near and --within go together, as in: --near 48.75,9.1 --within 200; give both or none")
+    regions: list[Region] = []
+    asked: list[str] = []
+    try:
+        if near is not None and within is not None:
+            asked.append(f"--near {near} --within {within:g}")
+            regions.append(Region.circle(_point(near, place_map.frame), within))
+        if heading is not None:
+            asked.append(f"--heading {heading:g} --heading-tolerance {tolerance:g}")
+            regions.append(Region.heading(heading, tolerance))
+    except MapError as error:
+        raise MapError(f"{asked[-1]}: {error}") from None
+    if not regions:
+        return None
+    region = regions[0] if len(regions) == 1 else regions[0] & regions[1]
+    rows = place_map.rows()
+    positions, headings = place_map.positions(rows), place_map.headings(rows)
+    if not region.mask(positions, headings).any():
+        n_located, n_headed = np.isfinite(positions).all(axis=1).sum(), np.isfinite(headings).sum()
+        raise MapError(
+            f"{' '.join(asked)}: none of the {len(rows)} places of {place_map.path} is there ({n_located} have a "
+            f"position, {n_headed} a heading); widen it, or leave it out"
+        )
+    return region
+
+
+def _point(text: str, frame: CoordinateFrame) -> tuple[float, float]:
+    """A point in metres of the frame, of "x,y" there or of "latitude,longitude"; eastings are never so small."""
+    import numpy as np
+
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--near {text}: expected two numbers, as in 48.75,9.1 or 500000,5400000") from None
+    if frame.kind == "utm" and abs(first) <= 90 and abs(second) <= 180:
+        first, second = frame.from_latlon(first, second).tolist()
+    frame.check(np.array([[first, second]]))
+    return first, second
 
 
 def _write_maps(
@@ -425,16 +557,29 @@ class _Records:
     def write(self, record: dict[str, Any]) -> None:
         """One more, which is there for others to read when this returns, where lines are written."""
         if not self._as_lines:
-            self._all.append(record)
+            if self._path is not None:
+                self._all.append(record)
             return
         line = json_module.dumps(record, allow_nan=False)
-        print(line, file=sys.stdout if self._to_stdout else self._file, flush=True)
+        if self._to_stdout:
+            print(line, flush=True)
+            return
+        try:
+            print(line, file=self._file, flush=True)
+        except OSError as error:
+            raise TetraError(
+                f"{self._path}: can't be written: {error.strerror}; free space or choose another folder"
+            ) from None
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        elif kind is None and self._path is not None:
+    def finish(self) -> None:
+        """No more will come: write the list."""
+        if not self._as_lines:
             write_json(self._path, self._all)
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # what could not be written has been told
+                self._file.close()
 
 
 def _print_answer(name: str, answer: Answer) -> None:
@@ -446,11 +591,10 @@ def _print_answer(name: str, answer: Answer) -> None:
 
 
 def _print_summary(
-    results: list[FrameResult], latency: dict[str, dict[str, float]], peak_bytes: int, console: Any
+    n_frames: int, n_accepted: int, latency: dict[str, dict[str, float]], peak_bytes: int, console: Any
 ) -> None:
     """How many were accepted, and where the time went, on stderr."""
-    accepted = sum(bool(result.answer.accepted) for result in results)
-    print(f"{len(results)} frames, {accepted} accepted; peak memory {peak_bytes / 2**20:.0f} MiB", file=sys.stderr)
+    print(f"{n_frames} frames, {n_accepted} accepted; peak memory {peak_bytes / 2**20:.0f} MiB", file=sys.stderr)
     if latency:
         table = make_table("milliseconds a frame", "", "p50", "p95", "p99")
         for step, figures in latency.items():

@@ -127,9 +127,10 @@ class CoordinateFrame:
             row, column = np.unravel_index(is_right.argmin(), is_right.shape)
             name = (("x", "y") if self.kind == "local" else ("easting", "northing"))[column]
             low, high = limits[column]
+            which = f" of number {row if rows is None else rows[row]}" if len(positions) > 1 else ""
             raise MapError(
-                f"positions: {name} {looked_at[row, column]:g} of number {row if rows is None else rows[row]} is not "
-                f"between {low:.0f} and {high:.0f} metres, as the frame '{self}' has them; check units, order and zone"
+                f"positions: {name} {looked_at[row, column]:.10g}{which} is not between {low:.0f} and {high:.0f} "
+                f"metres, as the frame '{self}' has them; check units, order and zone"
             )
 
     def from_latlon(self, latitude: npt.ArrayLike, longitude: npt.ArrayLike) -> FloatArray:
@@ -208,9 +209,11 @@ def utm_of(
         frame = zone
     else:
         zones = [int(z) for z in np.unique(zone_of(phi, lam))] if zone is None else [zone]
-        number = _only(zones, "zones", "pass the zone to count them in")
+        fix = f"pass the zone to count them in, or a frame such as 'utm {max(zones, default=32)} north'"
+        number = _only(zones, "zones", fix)
         sides = ["north" if is_north else "south" for is_north in np.unique(phi >= 0)]
-        frame = CoordinateFrame("utm", number, _only(sides, "hemispheres", "pass a CoordinateFrame to count them in"))
+        fix = f"pass a frame to count them in, such as 'utm {number} north'"
+        frame = CoordinateFrame("utm", number, _only(sides, "hemispheres", fix))
     apart = (lam - _central_meridian(_zone_number(frame)) + 180.0) % 360.0 - 180.0
     _refuse(abs(apart) > _FARTHEST_DEGREES, lam, "longitude", f"at most 9 degrees from the middle of '{frame}'")
 

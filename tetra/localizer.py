@@ -30,8 +30,10 @@ from tetra.confidence import BoolArray, Calibration, distance_ratio, estimate_po
 from tetra.engine import Engine
 from tetra.errors import ConfigError, ImageError, MapError
 from tetra.images import load_image
-from tetra.kernels import hamming_search
+from tetra.kernels import hamming_search, pack_bits
 from tetra.model import TetraModel
+from tetra.place_map import Hits, PlaceMap
+from tetra.regions import Region
 from tetra.sequences import (
     DEFAULT_SPEEDS,
     DEFAULT_TEMPERATURE,
@@ -59,6 +61,9 @@ class _Hits(Protocol):
     @property
     def rows(self) -> npt.NDArray[np.int64]: ...
 
+    @property
+    def similarities(self) -> npt.NDArray[np.float32] | None: ...
+
 
 class SearchedMap(Protocol):
     """What is needed of a map: of a :class:`tetra.place_map.PlaceMap`, or of a :class:`CodeMap`."""
@@ -71,13 +76,15 @@ class SearchedMap(Protocol):
 
     def __len__(self) -> int: ...
 
-    def search(self, codes: Tensor, k: int) -> _Hits: ...
+    def search(self, codes: Tensor, k: int, *, within: Region | None = None) -> _Hits: ...
 
     def rows(self) -> npt.NDArray[np.int64]: ...
 
     def codes(self, rows: npt.ArrayLike) -> npt.NDArray[np.uint8]: ...
 
     def positions(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]: ...
+
+    def headings(self, rows: npt.ArrayLike) -> npt.NDArray[np.float32]: ...
 
     def times(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]: ...
 
@@ -88,6 +95,7 @@ class SearchedMap(Protocol):
 class _Found:
     distances: npt.NDArray[np.int32]
     rows: npt.NDArray[np.int64]
+    similarities: npt.NDArray[np.float32] | None = None
 
 
 class CodeMap:
@@ -105,9 +113,12 @@ class CodeMap:
     def __len__(self) -> int:
         return len(self._codes)
 
-    def search(self, codes: Tensor, k: int) -> _Found:
-        """The ``k`` nearest rows of each code, by (distance, row)."""
-        distances, rows = hamming_search(codes, self._codes, k)
+    def search(self, codes: Tensor, k: int, *, within: Region | None = None) -> _Found:
+        """The ``k`` nearest rows of each code, by (distance, row); -1 and -1 where fewer lie ``within`` the region."""
+        mask = None if within is None else within.mask(self._positions, self.headings(self.rows()))
+        distances, rows = hamming_search(
+            codes, self._codes, k, allowed=None if mask is None else torch.from_numpy(mask)
+        )
         return _Found(distances.numpy(), rows.numpy())
 
     def rows(self) -> npt.NDArray[np.int64]:
@@ -122,6 +133,10 @@ class CodeMap:
     def positions(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Positions [..., 2] of ``rows``, NaN where they are not known."""
         return self._positions[np.asarray(rows)]
+
+    def headings(self, rows: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """NaN: no headings are known."""
+        return np.full(np.shape(rows), np.nan, dtype=np.float32)
 
     def times(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """NaN: no times are known."""
@@ -162,10 +177,13 @@ class PlaceMatch:
     """bits that differ"""
     position: tuple[float, float] | None
     """metres, in the map's frame"""
+    similarity: float | None = None
+    """cosine of the float descriptors, where matches were ranked by it"""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"id": self.id, "distance": self.distance, "position": _as_list(self.position)}
+        """Plain JSON values; ``similarity`` only where there is one."""
+        ranked = {} if self.similarity is None else {"similarity": self.similarity}
+        return {"id": self.id, "distance": self.distance, "position": _as_list(self.position), **ranked}
 
 
 @dataclass(frozen=True)
@@ -173,7 +191,8 @@ class Answer:
     """Where a frame was taken."""
 
     id: str
-    """of the best place: the nearest one, or in a sequence the one that all frames so far speak for"""
+    """of the best place: the nearest one, the most similar one if matches are ranked again; in a sequence the one that
+    all frames so far speak for"""
     row: int
     distance: int
     """bits in which this frame differs from the best match of that place"""
@@ -192,7 +211,7 @@ class Answer:
     spread_m: float | None
     """see :func:`tetra.confidence.estimate_position`"""
     matches: tuple[PlaceMatch, ...]
-    """the shortlist of this frame, nearest first"""
+    """the shortlist of this frame, nearest first, or most similar first"""
     time: float | None
     timings: Timings = field(compare=False)
 
@@ -240,11 +259,13 @@ class Localizer:
         route: the traversals, if the map's positions and times do not tell; fixed, so the map must not change.
         image_size: (height, width) that frames are scaled to; the engine's or the model's by default.
         engine: runs the model in its place, an engine of batch 1 for uint8 images that is warmed up.
+        rerank: rank the k matches by the float descriptors that the map keeps. The first one is the answer of a single
+            frame then; scores go on counting bits, so a calibration holds. Not for sequences, which weigh bits.
         speeds, usual_speed, backwards, temperature, frame_interval_s: see :class:`~tetra.sequences.SequenceMatcher`.
 
     Raises:
         ConfigError: a value that cannot work, or a calibration of another model or kind.
-        MapError: the map is empty, or of another model.
+        MapError: the map is empty, of another model, or keeps no descriptors to rank by.
     """
 
     def __init__(
@@ -260,6 +281,7 @@ class Localizer:
         route: Route | None = None,
         image_size: tuple[int, int] | None = None,
         engine: Engine | None = None,
+        rerank: bool = False,
         speeds: tuple[float, ...] = DEFAULT_SPEEDS,
         usual_speed: float = 1.0,
         backwards: bool = False,
@@ -291,6 +313,17 @@ class Localizer:
             if calibration.of_sequences != (window > 1):
                 made, used = ("sequences", "1") if calibration.of_sequences else ("single frames", "above 1")
                 raise ConfigError(f"calibration: made from {made}, used with a window {used}; calibrate again")
+        if rerank and (model is None or window > 1):
+            why = "a sequence weighs bits, so use window 1" if model else "codes alone have none, so give the model"
+            raise ConfigError(f"rerank: matches are ranked by float descriptors; {why}")
+        if rerank and not isinstance(place_map, PlaceMap):
+            raise ConfigError("rerank: a map of codes keeps no float descriptors; use a PlaceMap")
+        self._ranked_map = place_map if rerank and isinstance(place_map, PlaceMap) else None
+        if self._ranked_map is not None and self._ranked_map.descriptor_dims is None:
+            raise MapError(
+                f"{self._ranked_map.path}: keeps no float descriptors to rank by; build it with --keep-descriptors, "
+                "from Python with keep_descriptors"
+            )
         self.model, self.map, self.k, self.window = model, place_map, k, window
         self.calibration, self.place_radius_m, self.place_rows = calibration, float(place_radius_m), place_rows
         self._describer: Engine | TetraModel | None = engine or model
@@ -343,7 +376,7 @@ class Localizer:
         with self._lock:
             self._follow_map()
 
-    def push(self, frame: Frame, time: float | None = None) -> Answer:
+    def push(self, frame: Frame, time: float | None = None, *, within: Region | None = None) -> Answer:
         """Answer the next frame.
 
         Args:
@@ -351,48 +384,68 @@ class Localizer:
                 uint8 [B].
             time: when it was taken, in seconds. Without times, frames are taken to come at a steady rate. A frame with
                 the time or the very code of the last one adds nothing to the sequence.
+            within: only places of this region can be the answer, such as a circle around the position that a satellite
+                receiver gives. A sequence forgets what it believed of others. The second place is one inside too; if
+                there is no other place inside, the nearest one of the whole map.
 
         Raises:
             ImageError: the file can't be read, or pixels have another type or shape.
-            MapError: the code has another length, or the map has become empty.
+            MapError: the code has another length, the map has become empty, or no place lies ``within`` the region; the
+                sequence goes on with the next frame.
             ConfigError: an image without a model.
             TetraError: the time is before that of the last frame. The sequence goes on with the next one.
         """
         if time is not None:
             check_time(time, self._time)  # before the work; the lock below is for those that push at once
-        code, timings = self._code(frame)
+        if within is not None and not isinstance(within, Region):
+            raise MapError(f"within {within!r}: pass a Region, such as Region.circle((x, y), 100.0)")
+        code, floats, timings = self._described(frame)
         with self._lock:
             if time is not None:
                 check_time(time, self._time)
-                self._time = time
-            return self._locate(code, time, timings)
+            return self._locate(code, floats, time, within, timings)
 
     # --- steps of a push
 
-    def _code(self, frame: Frame) -> tuple[Tensor, dict[str, float]]:
-        """The code uint8 [1, B] of a frame, and the milliseconds that it took."""
+    def _described(self, frame: Frame) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+        """The code uint8 [1, B] of a frame, its descriptor float [1, D] if that is used, and where the time went."""
         start = perf_counter()
         if isinstance(frame, (str, Path)):
             pixels = load_image(frame)
         else:
             pixels = _as_tensor(frame)
             if pixels.dim() == 1:
-                return pixels[None], {}
+                if self._ranked_map is not None:
+                    raise ConfigError("rerank: a code has no float descriptor to rank by; push the image")
+                return pixels[None], None, {}
             pixels = _as_chw(pixels)
         if self._describer is None:
             raise ConfigError("a frame is an image, but there is no model to describe it; push its code, uint8 [B]")
         decoded = perf_counter()
         image = _resized(pixels, self.image_size)[None].to(self._device)
         prepared = perf_counter()
-        code = self._describer.describe(image).cpu()
+        if self._ranked_map is None:
+            code, floats = self._describer.describe(image).cpu(), None
+        else:
+            with torch.inference_mode():
+                floats = self._describer(image).float().cpu()
+            if not bool(floats.isfinite().all()):
+                raise MapError("model: it gives a descriptor with NaN or infinity; check its weights")
+            code = pack_bits(floats)
         done = perf_counter()
-        return code, {
-            "decode_ms": 1e3 * (decoded - start),
-            "preprocess_ms": 1e3 * (prepared - decoded),
-            "network_ms": 1e3 * (done - prepared),
-        }
+        return (
+            code,
+            floats,
+            {
+                "decode_ms": 1e3 * (decoded - start),
+                "preprocess_ms": 1e3 * (prepared - decoded),
+                "network_ms": 1e3 * (done - prepared),
+            },
+        )
 
-    def _locate(self, code: Tensor, time: float | None, timings: dict[str, float]) -> Answer:
+    def _locate(
+        self, code: Tensor, floats: Tensor | None, time: float | None, within: Region | None, timings: dict[str, float]
+    ) -> Answer:
         start = perf_counter()
         if code.dtype != torch.uint8 or code.shape[1] != self.map.code_bytes:
             raise MapError(
@@ -401,19 +454,34 @@ class Localizer:
             )
         if not len(self.map):
             raise MapError("the map is empty; add places first")
-        hits = self.map.search(code, min(self.k, len(self.map)))
+        hits = self.map.search(code, min(self.k, len(self.map)), within=within)
+        if self._ranked_map is not None and floats is not None and isinstance(hits, Hits):
+            hits = self._ranked_map.rerank(hits, floats)
         found = hits.rows[0] >= 0
         distances, rows = hits.distances[0][found].astype(np.int64), hits.rows[0][found]
+        if not len(rows):
+            raise MapError("within: no place of the map is known to be there; widen the region, or leave it out")
+        # With fewer than k inside, the whole map says what a distance is worth.
+        wider = None if within is None or found.all() else self.map.search(code, min(self.k, len(self.map)))
         searched = perf_counter()
+        if time is not None:
+            self._time = time
         if len(self.map) != self._n_seen or (self._matcher is not None and (self.route.places(rows) < 0).any()):
             self._follow_map()
 
         best = int(rows[0])
-        candidates, weights = rows, np.exp((distances[0] - distances) / self._alone_bits)
+        candidates, weights = rows, np.exp((distances.min() - distances) / self._alone_bits)
         if self._matcher is not None:
             # A picture that comes twice (a frozen camera, a robot that waits in a recording) says nothing new.
             is_repeated = self._last is not None and torch.equal(code, self._last[0])
-            match = self._last[1] if self._last and is_repeated else self._matcher.push(distances, rows, time)
+            if within is not None:
+                self._matcher.restrict(lambda rows: self._is_inside(within, rows))
+            unlisted = None if wider is None else int(wider.distances[0].max())
+            match = (
+                self._last[1]
+                if self._last and is_repeated
+                else self._matcher.push(distances, rows, time, unlisted_distance=unlisted)
+            )
             self._last = (code, match)
             best = match.row
             if match.n_frames == 1:
@@ -421,18 +489,22 @@ class Localizer:
             elif match.n_frames == self._n_frames:  # the last frame again
                 self._recent.pop()
             self._n_frames = match.n_frames
-            if len(match.rows):
+            if within is not None and not self._is_inside(within, np.array([best]))[0]:
+                best = int(rows[0])  # belief that moved out, or of a frame that came before with another region
+            elif len(match.rows):
                 candidates, weights = match.rows, match.weights
         else:
             self._recent.clear()
         is_same = self._same_place(best, rows)
         distance = int(distances[is_same].min()) if is_same.any() else _bits(code, self.map.codes([best]))
         second = second_place(distances, is_same)
+        if wider is not None and is_same.all():
+            second = second_place(wider.distances[0], self._same_place(best, wider.rows[0]))
         self._recent.append((distance, second))
         score = distance_ratio(*np.sum(self._recent, axis=0).tolist())
 
         agrees = self._same_place(best, candidates)
-        belief = float(weights[agrees].sum() / (1.0 if self._matcher is not None else weights.sum()))
+        belief = float(weights[agrees].sum() / (weights.sum() if candidates is rows else 1.0))
         estimate = estimate_position(self.map.positions(candidates), weights, agrees, self.place_radius_m)
         accepted = None
         if self.calibration is not None:
@@ -448,7 +520,7 @@ class Localizer:
             accepted=accepted,
             position=None if estimate is None else estimate.position,
             spread_m=None if estimate is None else estimate.spread_m,
-            matches=self._matches(distances, rows),
+            matches=self._matches(distances, rows, None if hits.similarities is None else hits.similarities[0][found]),
             time=time,
             timings=Timings(**timings, search_ms=1e3 * (searched - start), decide_ms=1e3 * (done - searched)),
         )
@@ -466,13 +538,27 @@ class Localizer:
             by_position = np.where(unknown, near, by_position)
         return by_position
 
-    def _matches(self, distances: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> tuple[PlaceMatch, ...]:
+    def _is_inside(self, within: Region, rows: npt.NDArray[np.int64]) -> BoolArray:
+        return within.mask(self.map.positions(rows), self.map.headings(rows))
+
+    def _matches(
+        self,
+        distances: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
+        similarities: npt.NDArray[np.float32] | None,
+    ) -> tuple[PlaceMatch, ...]:
         positions = self.map.positions(rows)
         known = np.asarray(np.isfinite(positions).all(axis=1))
         return tuple(
-            PlaceMatch(id or "", row, distance, (position[0], position[1]) if is_known else None)
-            for id, row, distance, position, is_known in zip(
-                self.map.ids(rows), rows.tolist(), distances.tolist(), positions.tolist(), known.tolist(), strict=True
+            PlaceMatch(id or "", row, distance, (position[0], position[1]) if is_known else None, similarity)
+            for id, row, distance, position, is_known, similarity in zip(
+                self.map.ids(rows),
+                rows.tolist(),
+                distances.tolist(),
+                positions.tolist(),
+                known.tolist(),
+                [None] * len(rows) if similarities is None else similarities.tolist(),
+                strict=True,
             )
         )
 

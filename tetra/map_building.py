@@ -20,14 +20,15 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from tetra.coordinates import LOCAL, CoordinateFrame, utm_of
+from tetra.coordinates import LOCAL, CoordinateFrame, utm_of, zone_of
 from tetra.datasets import parse_utm_name
 from tetra.errors import ConfigError, DatasetError, ImageError, MapError
 from tetra.evaluation import describe_batches
@@ -109,6 +110,7 @@ def _from_names(paths: Sequence[Path], frame: CoordinateFrame | None) -> Poses:
     elif zone and frame.kind == "utm" and _utm(zone, str(paths[0])) != frame:
         raise MapError(f"{paths[0]}: UTM zone {zone}, but the map is in '{frame}'; make another map of these")
     positions = np.array([position for position, _ in named], dtype=np.float64)
+    _check_each(positions, map(str, paths), frame.check)
     nothing = np.full(len(paths), np.nan)
     return Poses(frame, positions, nothing, nothing, "names")
 
@@ -117,7 +119,10 @@ def _utm(zone: str, where: str) -> CoordinateFrame:
     """The frame of a zone such as "32 north"."""
     if not zone.endswith((" north", " south")):
         raise MapError(f"{where}: UTM zone {zone!r} does not say north or south; pass the frame, as 'utm 32 north'")
-    return CoordinateFrame.parse(f"utm {zone}")
+    try:
+        return CoordinateFrame.parse(f"utm {zone}")
+    except MapError as error:
+        raise MapError(f"{where}: {error}") from None
 
 
 def _from_exif(paths: Sequence[Path], frame: CoordinateFrame | None, skip_bad_images: bool) -> Poses:
@@ -131,20 +136,54 @@ def _from_exif(paths: Sequence[Path], frame: CoordinateFrame | None, skip_bad_im
             problems.append(str(error))
             continue
         values[i] = [np.nan if value is None else value for value in (*(position or (None, None)), *found)]
-    frame, positions = _of_degrees(values[:, :2], frame)
+    frame, positions = _of_degrees(values[:, :2], frame, [str(path) for path in paths])
     source = "EXIF" if np.isfinite(positions).any() else "nowhere"
     return Poses(frame, positions, values[:, 2], values[:, 3], source, tuple(problems))
 
 
-def _of_degrees(degrees: FloatArray, frame: CoordinateFrame | None) -> tuple[CoordinateFrame, FloatArray]:
-    """Latitudes and longitudes [n, 2] as positions of ``frame``, or of the zone in which they lie."""
+def _of_degrees(
+    degrees: FloatArray, frame: CoordinateFrame | None, sources: Sequence[str]
+) -> tuple[CoordinateFrame, FloatArray]:
+    """Latitudes and longitudes [n, 2] as positions of ``frame``, or of the zone in which they lie.
+
+    ``sources`` [n] say where each comes from, for errors.
+    """
     positions, known = np.full(degrees.shape, np.nan), np.isfinite(degrees).all(axis=1)
     if not known.any():
         return frame or LOCAL, positions
+    _check_each(degrees, sources, lambda points: utm_of(points[:, 0], points[:, 1], frame))
     if frame is None:
-        _, _, frame = utm_of(*degrees[known].T)
+        zones = zone_of(*degrees[known].T)
+        one, other = int(zones.argmin()), int(zones.argmax())
+        if zones[one] != zones[other]:
+            names = [sources[i] for i in np.flatnonzero(known).tolist()]
+            side = "north" if degrees[known][one, 0] >= 0 else "south"
+            raise MapError(
+                f"{names[one]} is in UTM zone {zones[one]}, {names[other]} in {zones[other]}; a map has one zone: make "
+                f"a map of each, or count all of them in one by --frame, such as 'utm {zones[one]} {side}'"
+            )
+        try:
+            _, _, frame = utm_of(*degrees[known].T)
+        except MapError as error:  # on both sides of the equator
+            raise MapError(f"{sources[0]} and others: {error} (--frame)") from None
     positions[known] = frame.from_latlon(*degrees[known].T)
+    _check_each(positions, sources, frame.check)
     return frame, positions
+
+
+def _check_each(points: FloatArray, sources: Iterable[str], check: Callable[[FloatArray], object]) -> None:
+    """Name the source of the first of points [n, 2] that is known and that ``check`` refuses."""
+    known = np.flatnonzero(np.isfinite(points).all(axis=1))
+    try:
+        # Of points that are all right one by one, some may still not go together.
+        check(points[known])
+    except MapError:
+        names = list(sources)
+        for i in known.tolist():
+            try:
+                check(points[i : i + 1])
+            except MapError as error:
+                raise MapError(f"{names[i]}: {error}") from None
 
 
 def _from_table(folder: Path, paths: Sequence[Path], table: Path, frame: CoordinateFrame | None) -> Poses:
@@ -168,13 +207,18 @@ def _from_table(folder: Path, paths: Sequence[Path], table: Path, frame: Coordin
             raise DatasetError(f"{table}: line {line}: {row['file']} stands in line {seen[i]} too; keep one of them")
         seen[i] = line
         coordinates[i] = [_number(table, line, row, name) for name in kind]
+        if np.isnan(coordinates[i]).sum() == 1:
+            raise DatasetError(f"{table}: line {line}: has one of {' and '.join(kind)} only; give both or none")
         headings[i], times[i] = (_number(table, line, row, name) for name in ("heading", "time"))
+        if abs(headings[i]) > 360:
+            raise DatasetError(f"{table}: line {line}: heading is {headings[i]:g}, expected -360 to 360 degrees")
         if kind == ("east", "north") and row.get("zone"):
             zones.setdefault(" ".join(row["zone"].split()), line)
     if not seen:
         raise DatasetError(f"{table}: names none of the {len(paths)} images of {folder}; files are relative to it")
+    sources = [f"{table}: line {seen.get(i, 0)}" for i in range(len(paths))]
     if kind == ("latitude", "longitude"):
-        frame, positions = _of_degrees(coordinates, frame)
+        frame, positions = _of_degrees(coordinates, frame, sources)
         return Poses(frame, positions, headings, times, table.name)
     if len(zones) > 1:
         (one, line), (other, other_line) = list(zones.items())[:2]
@@ -182,7 +226,9 @@ def _from_table(folder: Path, paths: Sequence[Path], table: Path, frame: Coordin
     given = _utm(next(iter(zones)), str(table)) if zones else None
     if frame is not None and given is not None and frame != given:
         raise MapError(f"{table}: is in '{given}', the map in '{frame}'; make another map of these")
-    return Poses(frame or given or LOCAL, coordinates, headings, times, table.name)
+    frame = frame or given or LOCAL
+    _check_each(coordinates, sources, frame.check)
+    return Poses(frame, coordinates, headings, times, table.name)
 
 
 def _read_table(table: Path) -> list[tuple[int, dict[str, str]]]:
@@ -193,12 +239,17 @@ def _read_table(table: Path) -> list[tuple[int, dict[str, str]]]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DatasetError(f"{table}: can't be read: {reason}; give a CSV file") from None
     reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows = []
     try:
-        rows = [
-            (reader.line_num, {(name or "").strip().lower(): (value or "").strip() for name, value in row.items()})
-            for row in reader
-            if None not in row or not row[None]  # type: ignore[call-overload]
-        ]
+        for row in reader:
+            if any(row.pop(None, None) or ()):  # type: ignore[call-overload]  # fields without a column
+                raise DatasetError(
+                    f"{table}: line {reader.line_num}: has more fields than the first line has columns; put names with "
+                    "commas into quotes"
+                )
+            rows.append(
+                (reader.line_num, {(name or "").strip().lower(): (value or "").strip() for name, value in row.items()})
+            )
     except csv.Error as error:
         raise DatasetError(f"{table}: line {reader.line_num}: {error}; give a CSV file") from None
     if not rows:
@@ -258,6 +309,8 @@ def build_map(
         raise MapError(f"{path}: exists already; choose another name, or add to it with `tetra map add`")
     if model.content_hash is None:
         raise MapError("model: it was never saved, so a map could not name it; save it first")
+    if not path.parent.is_dir():
+        raise MapError(f"{path}: the folder '{path.parent}' does not exist; create it first")
     folder, paths = _images(folder)
     poses = read_poses(folder, paths, table, frame, skip_bad_images=skip_bad_images)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -292,7 +345,7 @@ def add_folder(
     skip_bad_images: bool = False,
     progress: bool = True,
 ) -> BuildReport:
-    """Add the images in ``folder`` to a map that is open for writing; ids begin with ``prefix``.
+    """Add the images in ``folder`` to a map that is open for writing, all or none; ids begin with ``prefix``.
 
     Raises what :func:`build_map` raises, and :class:`~tetra.errors.MapError` for another model and ids that are there.
     """
@@ -300,13 +353,18 @@ def add_folder(
         name = "a model that was never saved" if model.content_hash is None else model.content_hash[:12]
         raise MapError(f"model: it is {name}, the map {place_map.path} is of {place_map.model_hash[:12]}; use that one")
     folder, paths = _images(folder)
-    known = [id for id in (_id(folder, path, prefix) for path in paths) if id in place_map]
-    if known:
-        raise MapError(
-            f"{place_map.path}: has {known[0]!r} already; give the new ones a prefix, or remove the old ones"
-        )
+    ids = [_id(folder, path, prefix) for path in paths]
+    rows = place_map.rows_of(ids)
+    if (rows >= 0).any():
+        known = ids[int((rows >= 0).argmax())]
+        raise MapError(f"{place_map.path}: has {known!r} already; give the new ones a prefix, or remove the old ones")
     poses = read_poses(folder, paths, table, place_map.frame, skip_bad_images=skip_bad_images)
-    return _add(place_map, model, folder, paths, poses, prefix, thumbnails, batch_size, skip_bad_images, progress)
+    try:
+        return _add(place_map, model, folder, paths, poses, prefix, thumbnails, batch_size, skip_bad_images, progress)
+    except BaseException:  # an image that can't be read, a full disk, Ctrl-C: earlier batches are in the map
+        with suppress(MapError):
+            place_map.remove([id for id in ids if id in place_map])
+        raise
 
 
 def _images(folder: str | Path) -> tuple[Path, list[Path]]:

@@ -19,6 +19,14 @@ MAX_THUMBNAIL_BYTES = 1 << 24
 LARGEST = float(np.finfo(np.float64).max)
 
 
+def check_whole(value: Any, name: str, least: int, wanted: str) -> int:
+    """``value`` as an int of at least ``least``; ``wanted`` says what would be right."""
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_whole or value < least:
+        raise MapError(f"{name} {value!r}: {wanted}")
+    return int(value)
+
+
 def check_codes(
     codes: Tensor | npt.NDArray[np.uint8], n: int | None, n_bytes: int, of_map: str, name: str = "codes"
 ) -> npt.NDArray[np.uint8]:
@@ -67,6 +75,13 @@ def check_numbers(values: Any, n: int, name: str, limit: float) -> Floats:
         wanted = f"between {-limit:g} and {limit:g}" if limit < LARGEST else "a finite number"
         raise MapError(f"{name}: {array[number]:g} of number {number} is not {wanted}; pass None where it is unknown")
     return array if lacks is None else np.where(lacks, np.nan, array)
+
+
+def check_headings(values: Any, n: int) -> npt.NDArray[np.float32]:
+    """float32 [n] degrees in [0, 360) of degrees from -360 to 360; None, for all or for some, becomes NaN."""
+    headings = check_numbers(values, n, "headings", 360.0).astype(np.float32) % np.float32(360)
+    headings[headings == 360] = 0  # what is a little below 0 is rounded up to 360
+    return headings
 
 
 def check_descriptors(descriptors: Tensor | npt.NDArray[Any], n: int, n_dims: int) -> npt.NDArray[np.float32]:

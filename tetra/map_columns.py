@@ -14,7 +14,7 @@ import re
 import struct
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -87,8 +87,11 @@ class Blobs:
             yield self.data[start:end]
 
     def take(self, numbers: Ints) -> Blobs:
-        """A copy of the strings ``numbers``, in that order."""
+        """A copy of the strings ``numbers``, in that order. Raises ValueError where offsets cannot be."""
         starts, lengths = self.offsets[numbers], self.offsets[numbers + 1] - self.offsets[numbers]
+        # Of a damaged file they could ask for more memory than there is.
+        if len(numbers) and (starts.min() < 0 or lengths.min() < 0 or (starts + lengths).max() > len(self.data)):
+            raise ValueError("texts that lie outside of their column")
         taken = Blobs.joined(b"", lengths)
         at = np.arange(taken.offsets[-1]) + np.repeat(starts - taken.offsets[:-1], lengths)
         return Blobs(self.data[at], taken.offsets)
@@ -134,11 +137,14 @@ class Ids:
         return self.hashes[order], order
 
     @classmethod
-    def of(cls, ids: Sequence[str]) -> Ids:
+    def of(cls, ids: Iterable[str]) -> Ids:
         """Check ids: non-empty text of at most 512 bytes of UTF-8 without control characters, a relative path.
 
         Raises :class:`~tetra.errors.MapError` that names the first wrong one.
         """
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):  # letters of a text would be taken for ids
+            raise MapError(f"ids: a list was expected, not {ids!r}; put one id into a list")
+        ids = list(ids)
         try:
             text = "\n".join(ids)
             raw = text.encode()

@@ -90,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise MapError(f"{path}: can't be read: {error.strerror}; check its permissions") from None
     try:
         entries = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise MapError(f"{path}: is not JSON ({len(raw)} bytes), so it is damaged; {_RESTORE}") from None
     if not isinstance(entries, dict) or entries.get("kind") != KIND:
         kind = entries.get("kind") if isinstance(entries, dict) else None
@@ -109,16 +109,24 @@ def read_manifest(folder: Path) -> Manifest:
         known["frame"] = CoordinateFrame.parse(known["frame"])
         known["segments"] = tuple(SegmentEntry.from_json(segment) for segment in known["segments"])
         manifest = Manifest(**known)
+        foreign = [name for name in manifest.files if not _OWN_FILE.fullmatch(name)]
     except (AttributeError, KeyError, TypeError, MapError) as error:
         raise MapError(f"{path}: lacks or garbles {error}; {_RESTORE}") from None
-    for name in manifest.files:
-        if not _OWN_FILE.fullmatch(name):
-            raise MapError(f"{path}: names the file {name!r}, which no map has; {_RESTORE}")
+    if foreign:
+        raise MapError(f"{path}: names the file {foreign[0]!r}, which no map has; {_RESTORE}")
     return manifest
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest. The caller syncs the folder. Raises :class:`~tetra.errors.TetraError` as files do."""
+def write_manifest(folder: Path, manifest: Manifest, *, replaces: Manifest | None = None) -> None:
+    """Write the manifest; if it ``replaces`` one, that has to be there. The caller syncs the folder.
+
+    Raises:
+        MapError: another manifest is there. The lock prevents that, but not where somebody deletes a map and puts
+            another one in its place.
+        TetraError: as files do.
+    """
+    if replaces is not None and read_manifest(folder) != replaces:
+        raise MapError(f"{folder}: another map was put in its place; open it again")
     with atomic_write(folder / MANIFEST) as file:
         file.write(json.dumps(manifest.to_json(), indent=2, allow_nan=False).encode() + b"\n")
 

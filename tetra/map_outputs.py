@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,7 +87,7 @@ def with_decode_ms(answer: Answer, decode_ms: float) -> Answer:
     return replace(answer, timings=timings)
 
 
-def latency_table(timings: Sequence[Timings]) -> dict[str, dict[str, float]]:
+def latency_table(timings: Collection[Timings]) -> dict[str, dict[str, float]]:
     """``p50_ms``, ``p95_ms`` and ``p99_ms`` of ``decode``, ``preprocess``, ``network``, ``search``, ``decide`` and
     ``total``; percentiles between two values are interpolated. No rows without timings."""
     if not timings:

@@ -16,9 +16,10 @@ from tetra.coordinates import CoordinateFrame
 from tetra.errors import MapError
 from tetra.images import load_image
 from tetra.kernels import pack_bits
-from tetra.map_checks import check_codes, check_descriptors
+from tetra.map_checks import check_codes, check_descriptors, check_whole
 from tetra.map_columns import Floats, Ids, Ints
 from tetra.map_manifest import Manifest
+from tetra.map_segments import damage_named
 from tetra.map_state import Hits, Match, State
 from tetra.regions import Region
 
@@ -34,6 +35,11 @@ class Describes(Protocol):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Float descriptors [B, D] of images uint8 [B, 3, height, width]."""
+
+
+def one_code(code: Tensor | npt.NDArray[np.uint8]) -> Any:
+    """A code [B] as [1, B]; what is no array is left for the check of codes to name."""
+    return code[None] if isinstance(code, (Tensor, np.ndarray)) else code
 
 
 class MapReader:
@@ -104,10 +110,13 @@ class MapReader:
         self, state: State, codes: npt.NDArray[np.uint8], k: int, max_distance: int | None, within: Region | None
     ) -> Hits:
         n = self._refuse_empty(state)
-        if not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
-            raise MapError(f"k {k}: the map {self.path} has {n} places, so it has to be between 1 and {n}")
-        if max_distance is not None and max_distance < 0:
-            raise MapError(f"max_distance {max_distance}: it must not be below 0 bits")
+        limits = f"the map {self.path} has {n} places, so it has to be between 1 and {n}"
+        if check_whole(k, "k", 1, limits) > n:
+            raise MapError(f"k {k}: {limits}")
+        if max_distance is not None:
+            check_whole(max_distance, "max_distance", 0, "it has to be a whole number of bits, from 0 on")
+        if within is not None and not isinstance(within, Region):
+            raise MapError(f"within {within!r}: pass a Region, such as Region.circle((x, y), 100.0)")
         return state.search(codes, int(k), max_distance, within)
 
     def _refuse_empty(self, state: State) -> int:
@@ -168,12 +177,10 @@ class MapReader:
         """
         state = self._state
         n = self._refuse_empty(state)
-        if not isinstance(k, (int, np.integer)) or k < 1:
-            raise MapError(f"k {k}: ask for at least 1 place")
+        check_whole(k, "k", 1, "ask for at least 1 place")
         if shortlist is not None:
             self._require_descriptors()
-            if shortlist < k:
-                raise MapError(f"shortlist {shortlist}: it has to hold at least the {k} places that are asked for")
+            check_whole(shortlist, "shortlist", k, f"it has to hold at least the {k} places that are asked for")
         code: Tensor | npt.NDArray[np.uint8]
         if model is not None:
             code, descriptor = self._describe(model, query)
@@ -181,17 +188,18 @@ class MapReader:
             raise MapError(f"query {query}: pass the model that describes it, or a code")
         else:
             code = query
-        if code.ndim != 1:
-            wanted = f"a code [{self.code_bytes}], or an image with the model"
-            raise MapError(f"query: shape {list(code.shape)}, expected {wanted}")
+        if not isinstance(code, (Tensor, np.ndarray)) or code.ndim != 1:
+            found = f"shape {list(code.shape)}" if isinstance(code, (Tensor, np.ndarray)) else type(code).__name__
+            raise MapError(f"query: {found}, expected a code [{self.code_bytes}], or an image with the model")
         if shortlist is not None and descriptor is None:
             raise MapError("descriptor: missing, the shortlist is ranked by it; pass the query's float descriptor")
         hits = self._search(
-            state, self._check_codes(code[None], 1, "query"), min(shortlist or k, n), max_distance, within
+            state, self._check_codes(one_code(code), 1, "query"), min(shortlist or k, n), max_distance, within
         )
         if shortlist is not None and descriptor is not None:
             hits = self._rerank(state, hits, descriptor[None], k)
-        return state.matches(hits, 0)
+        with damage_named(self.path):
+            return state.matches(hits, 0)
 
     def _describe(self, model: Describes, image: Tensor | npt.NDArray[Any] | str | Path) -> tuple[Tensor, Tensor]:
         """(code [B], descriptor [D]) of an image."""
@@ -208,7 +216,8 @@ class MapReader:
 
     def matches(self, hits: Hits, query: int = 0) -> list[Match]:
         """The places that :meth:`search` found for its code number ``query``, best first."""
-        return self._state.matches(hits, query)
+        with damage_named(self.path):
+            return self._state.matches(hits, query)
 
     # --- by row or by id; a row of no place, or of one that was removed, has nothing ---
 
@@ -229,7 +238,9 @@ class MapReader:
         Raises:
             MapError: something is not an id.
         """
-        return self._state.find(Ids.of(ids))
+        checked = Ids.of(ids)
+        with damage_named(self.path):
+            return self._state.find(checked)
 
     def codes(self, rows: npt.ArrayLike) -> npt.NDArray[np.uint8]:
         """Codes uint8 [..., B] of rows [...]; zeros where there is no place."""
@@ -262,12 +273,23 @@ class MapReader:
 
     def ids(self, rows: npt.ArrayLike) -> list[str | None]:
         """Ids of rows [n]; None where there is no place."""
-        return [None if raw is None else raw.decode() for raw in self._state.blobs(rows, "ids")]
+        wanted = _numbers(rows)
+        with damage_named(self.path):
+            return [None if raw is None else raw.decode() for raw in self._state.blobs(wanted, "ids")]
 
     def metadata(self, rows: npt.ArrayLike) -> list[dict[str, Any] | None]:
         """Metadata of rows [n]; None where there is none."""
-        return [json.loads(raw) if raw else None for raw in self._state.blobs(rows, "metadata")]
+        wanted = _numbers(rows)
+        with damage_named(self.path):
+            return [json.loads(raw) if raw else None for raw in self._state.blobs(wanted, "metadata")]
 
     def thumbnails(self, rows: npt.ArrayLike) -> list[bytes | None]:
         """JPEG files of rows [n]; None where there is none."""
-        return [raw or None for raw in self._state.blobs(rows, "thumbnails")]
+        wanted = _numbers(rows)
+        with damage_named(self.path):
+            return [raw or None for raw in self._state.blobs(wanted, "thumbnails")]
+
+
+def _numbers(rows: npt.ArrayLike) -> Ints:
+    """Rows int64 [n]; what is no number is the caller's mistake, not a damaged file's."""
+    return np.asarray(rows, dtype=np.int64).ravel()

@@ -28,6 +28,7 @@ which takes no time; :func:`check_data` reads it all.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -39,7 +40,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tetra.errors import MapError, MissingMapFileError
+from tetra.errors import MapError, MissingMapFileError, TetraError
 from tetra.files import atomic_write
 from tetra.map_columns import Blobs, Bools, Hashes, Ids, Ints, Part, Places
 
@@ -117,7 +118,8 @@ def _write(path: Path, kind: str, map_id: str, columns: Sequence[_Column]) -> Fi
                 data = np.ascontiguousarray(piece, dtype=column.dtype).reshape(-1).view(np.uint8).data
                 digest.update(data)
                 n_written += file.write(data)
-            assert n_written == column.n_bytes, column.name
+            if n_written != column.n_bytes:  # texts whose places in their column contradict each other
+                raise ValueError(f"{column.name}: {n_written} of {column.n_bytes} bytes")
     return FileEntry(path.name, 8 + len(text) + end, hashlib.sha256(text).hexdigest(), digest.hexdigest())
 
 
@@ -254,6 +256,23 @@ def check_data(path: Path, entry: FileEntry) -> None:
         digest.update(data[start : start + _BLOCK_BYTES])
     if digest.hexdigest() != entry.data_sha256:
         raise MapError(f"{path}: is damaged, its checksum is not the one in the manifest; {_RESTORE}")
+
+
+@contextlib.contextmanager
+def damage_named(folder: Path) -> Iterator[None]:
+    """What only a damaged segment can cause, as an error that says what to do.
+
+    Large segments are not read when they are opened, so that damage shows where their bytes are used.
+    """
+    try:
+        yield
+    except TetraError:
+        raise
+    except (IndexError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise MapError(
+            f"{folder}: a file of the map is damaged ({reason}); `tetra map info --verify` names it, {_RESTORE}"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tetra.kernels import hamming_search
 from tetra.map_columns import Ids, Ints, Part, Tail, as_tensor
+from tetra.map_search import PartSearch
 from tetra.map_segments import Segment
 from tetra.regions import Region
 
@@ -59,6 +59,7 @@ class State:
     parts: tuple[Part, ...]
     tail: Tail
     """whose part is the last one; it may have grown since"""
+    searcher: PartSearch
 
     @cached_property
     def n_places(self) -> int:
@@ -76,7 +77,7 @@ class State:
                 n_allowed = int(np.count_nonzero(allowed))
             if n_allowed and len(codes):
                 mask_tensor = None if allowed is None else as_tensor(allowed)
-                near, numbers = hamming_search(queries, part.codes, min(k, n_allowed), allowed=mask_tensor)
+                near, numbers = self.searcher.nearest(part, queries, min(k, n_allowed), mask_tensor)
                 distances.append(near.numpy())
                 rows.append(part.row_numbers(numbers.numpy()))
         # Parts follow each other in rows, so a stable sort by distance orders by (distance, row).

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,29 +16,14 @@ from tetra.files import atomic_write
 from tetra.images import load_image
 from tetra.localizer import Answer
 from tetra.map_outputs import Places
-from tetra.pictures import (
-    _BACKGROUND,
-    _BORDER,
-    _FAINT_TEXT,
-    _GAP,
-    _RIGHT,
-    _TEXT,
-    _TILE,
-    _TITLE_HEIGHT,
-    _UNKNOWN,
-    _WRONG,
-    _font,
-    _shorten,
-)
+from tetra.pictures import FAINT_TEXT, RIGHT, TILE, UNKNOWN, WRONG, Tile, draw_tiles, font
 
 Picture = str | Path | bytes | npt.NDArray[np.uint8]
 """An image file, its bytes, or pixels [height, width, 3], RGB."""
 
-_LINE = 18  # pixels from one line of text to the next
 _N_LINES = 3
 _MAX_FILE_NAME = 40  # characters; of four bytes each they still make a file name, also while it is written
-_MAX_NAME = 120  # characters looked at for a line of text
-_VERDICTS = {True: ("accepted", _RIGHT), False: ("rejected", _WRONG), None: ("", _UNKNOWN)}
+_VERDICTS = {True: ("accepted", RIGHT), False: ("rejected", WRONG), None: ("", UNKNOWN)}
 
 
 def thumbnail(picture: Picture, side: int = 160, *, quality: int = 75) -> bytes:
@@ -90,15 +74,15 @@ class StripWriter:
         found = [f"{answer.id}, {answer.distance} bits" + (f", {verdict}" if verdict else ""), _place(answer.position)]
         if answer.position is not None and answer.spread_m is not None:
             found[1] += f" ± {answer.spread_m:.1f} m"
-        tiles = [(f"Query {verdict}", colour, _opened(frame), [*found, name])]
+        tiles = [Tile(f"Query {verdict}".rstrip(), colour, _opened(frame), [*found, name])]
         matches = answer.matches[:n_matches]
         pictures = self._places.thumbnails([match.row for match in matches]) if matches else []
         for rank, (match, picture) in enumerate(zip(matches, pictures, strict=True), start=1):
             is_answer = match.row == answer.row
             lines = [match.id, f"{match.distance} bits", _place(match.position)]
-            title = f"{rank} {verdict if is_answer else ''}"
-            tiles.append((title, colour if is_answer else _UNKNOWN, _opened_if_sound(picture), lines))
-        strip = _drawn(tiles)
+            title = f"{rank} {verdict}".rstrip() if is_answer else str(rank)
+            tiles.append(Tile(title, colour if is_answer else UNKNOWN, _opened_if_sound(picture), lines))
+        strip = draw_tiles(tiles, _N_LINES)
         path = self.folder / self._file_name(name)
         with atomic_write(path) as file:
             strip.save(file, format="PNG")
@@ -139,37 +123,7 @@ def _opened_if_sound(picture: bytes | None) -> Image.Image:
     if picture is not None:
         with contextlib.suppress(ImageError):
             return _opened(picture)
-    image = Image.new("RGB", (_TILE, _TILE * 3 // 4), "#eeeeee")
+    image = Image.new("RGB", (TILE, TILE * 3 // 4), "#eeeeee")
     centre = (image.width // 2, image.height // 2)
-    ImageDraw.Draw(image).text(centre, "no picture", fill=_FAINT_TEXT, font=_font(13), anchor="mm")
+    ImageDraw.Draw(image).text(centre, "no picture", fill=FAINT_TEXT, font=font(13), anchor="mm")
     return image
-
-
-def _drawn(tiles: Sequence[tuple[str, str, Image.Image, list[str]]]) -> Image.Image:
-    """Tiles (title, colour of the border, picture, lines of text below) side by side."""
-    images = []
-    for _, _, image, _ in tiles:
-        scale = _TILE / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        images.append(image.resize(size, Image.Resampling.BICUBIC))
-    width, height = _TILE + 2 * _BORDER, max(image.height for image in images) + 2 * _BORDER
-    canvas = Image.new(
-        "RGB",
-        (_GAP + (width + _GAP) * len(tiles), _TITLE_HEIGHT + height + _LINE * _N_LINES + _GAP),
-        _BACKGROUND,
-    )
-    draw = ImageDraw.Draw(canvas)
-    for number, (image, (title, colour, _, lines)) in enumerate(zip(images, tiles, strict=True)):
-        centre = _GAP + number * (width + _GAP) + width // 2
-        x, y = centre - image.width // 2, _TITLE_HEIGHT + (height - image.height) // 2
-        outer = (x - _BORDER, y - _BORDER, x + image.width + _BORDER - 1, y + image.height + _BORDER - 1)
-        draw.rectangle(outer, fill=colour)
-        canvas.paste(image, (x, y))
-        draw.text((centre, _TITLE_HEIGHT - 8), title.strip(), fill=colour, font=_font(16), anchor="ms")
-        for line, text in enumerate(lines):
-            text = " ".join(text.split())
-            text = text if len(text) <= _MAX_NAME else f"{text[: _MAX_NAME // 2]}...{text[-_MAX_NAME // 2 :]}"
-            text = _shorten(text, width, _font(13))
-            below = _TITLE_HEIGHT + height + _LINE * (line + 1)
-            draw.text((centre, below), text, fill=_FAINT_TEXT if line else _TEXT, font=_font(13), anchor="ms")
-    return canvas

@@ -33,13 +33,11 @@ read without waiting: they see the state before a change or after it. Other proc
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -48,6 +46,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from tetra.coordinates import CoordinateFrame
@@ -56,23 +55,27 @@ from tetra.journal import HEADER_BYTES, Journal, create_journal, read_journal
 from tetra.map_checks import (
     LARGEST,
     check_descriptors,
+    check_headings,
     check_metadata,
     check_numbers,
     check_positions,
     check_thumbnails,
+    check_whole,
     to_json,
 )
 from tetra.map_columns import Added, Floats, Ids, Ints, Moved, Part, Places, Removed, Tail, TailPart, decode
+from tetra.map_lock import lock_map
 from tetra.map_manifest import LOCK, MANIFEST, Manifest, is_leftover, read_manifest, sync_folder, write_manifest
-from tetra.map_reader import MapReader
-from tetra.map_segments import FileEntry, Segment, SegmentEntry, check_data, write_changes, write_segment
+from tetra.map_reader import MapReader, one_code
+from tetra.map_saving import KEEP_SHARE, delete_replaced, is_in_force, open_segment, planned, save_parts
+from tetra.map_search import DeviceSearch, PartSearch
+from tetra.map_segments import Segment, check_data, damage_named
 from tetra.map_state import Hits, Match, State
-from tetra.map_tiers import join_youngest, pack_all, size_of
+from tetra.map_tiers import pack_all, size_of
 from tetra.regions import Region
 
 __all__ = ["Hits", "Match", "PlaceMap", "Region"]
 
-_KEEP_SHARE = 0.5  # of a segment's places; with fewer left it is written anew
 _MERGE_BLOCK = 1 << 16  # ids compared at a time
 
 
@@ -94,10 +97,23 @@ class PlaceMap(MapReader):
     journal_limit_records = 1 << 14
     # Segments are not joined beyond this size.
     segment_limit_bytes = 1 << 30
+    # Files of segments that are read and checked as the map is opened, if they have no more bytes together: a twentieth
+    # of a second. More of them are checked by verify().
+    checked_bytes = 1 << 26
 
-    def __init__(self, folder: Path, lock_fd: int | None, sync_records: int, sync_seconds: float, repair: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        lock_fd: int | None,
+        sync_records: int,
+        sync_seconds: float,
+        repair: bool,
+        searcher: PartSearch,
+    ) -> None:
         """Use :meth:`open`."""
         self.path = folder
+        self._searcher = searcher
+        self._map_id = ""
         self.read_only = lock_fd is None
         self._lock_fd = lock_fd
         self._lock = threading.RLock()
@@ -129,6 +145,7 @@ class PlaceMap(MapReader):
         keep_descriptors: int | None = None,
         sync_records: int = 1 << 14,
         sync_seconds: float = 1.0,
+        search_devices: Sequence[torch.device | str] | None = None,
     ) -> PlaceMap:
         """Make an empty map in the new folder ``path`` and open it for writing.
 
@@ -137,7 +154,7 @@ class PlaceMap(MapReader):
             code_bytes: of every code, at least 1.
             frame: what positions mean.
             keep_descriptors: number of values of the float descriptors to keep as float16, for re-ranking; None: none.
-            sync_records, sync_seconds: as in :meth:`open`.
+            sync_records, sync_seconds, search_devices: as in :meth:`open`.
 
         Raises:
             MapError: ``path`` is a map already, a file, or a folder with other things; it can't be written; an argument
@@ -147,9 +164,12 @@ class PlaceMap(MapReader):
             raise MapError(
                 f"model_hash {model_hash!r}: name the model by its content_hash; save it first if it has none"
             )
-        for name, value in (("code_bytes", code_bytes), ("keep_descriptors", keep_descriptors)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise MapError(f"{name} {value!r}: it has to be a whole number from 1 on")
+        check_whole(code_bytes, "code_bytes", 1, "it has to be a whole number from 1 on")
+        if keep_descriptors is not None:
+            check_whole(keep_descriptors, "keep_descriptors", 1, "it has to be a whole number from 1 on")
+        if not isinstance(frame, CoordinateFrame):
+            raise MapError(f"frame {frame!r}: pass a CoordinateFrame, such as CoordinateFrame.parse('utm 32 north')")
+        searcher = _searcher(search_devices)
         folder = Path(os.path.abspath(path))
         if (folder / MANIFEST).exists():
             raise MapError(f"{path}: is a place map already; open it or choose another name")
@@ -164,7 +184,7 @@ class PlaceMap(MapReader):
             ) from None
         if others:
             raise MapError(f"{path}: holds other files ({others[0]}); name a new or an empty folder")
-        lock_fd = _lock_map(folder)
+        lock_fd = lock_map(folder)
         try:
             manifest = Manifest(
                 map_id=secrets.token_hex(16),
@@ -183,7 +203,7 @@ class PlaceMap(MapReader):
             write_manifest(folder, manifest)
             sync_folder(folder)
             sync_folder(folder.parent)
-            return cls(folder, lock_fd, sync_records, sync_seconds, repair=False)
+            return cls(folder, lock_fd, sync_records, sync_seconds, False, searcher)
         except BaseException:
             os.close(lock_fd)
             raise
@@ -198,8 +218,9 @@ class PlaceMap(MapReader):
         sync_records: int = 1 << 14,
         sync_seconds: float = 1.0,
         repair: bool = False,
+        search_devices: Sequence[torch.device | str] | None = None,
     ) -> PlaceMap:
-        """Open a map. Takes the time to read the journal, not the segments; :meth:`verify` checks those.
+        """Open a map. Takes the time to read the journal, and the segments of a small map; :meth:`verify` checks all.
 
         Args:
             read_only: others may write meanwhile; needs no right to write.
@@ -207,10 +228,12 @@ class PlaceMap(MapReader):
             sync_records, sync_seconds: changes are synced to disk when that many are not, and after that time. What is
                 not synced yet a power cut can take; a killed process loses nothing.
             repair: if the journal is damaged, lose its records from the damage on instead of refusing it.
+            search_devices: such as ``["cuda"]``: search segments there, with the same answers. Their codes are laid out
+                on the devices, by rows, as far as they fit; None: they are searched on the CPU, in their files.
 
         Raises:
             MapError: there is no map; a file of it is missing, truncated, altered, of another map or of a newer format;
-                it is of another model; another writer has it open; a permission is missing.
+                it is of another model; another writer has it open; a permission or a device is missing.
         """
         folder = Path(os.path.abspath(path))
         manifest = read_manifest(folder)  # before the lock, whose file would be made in any folder
@@ -221,9 +244,10 @@ class PlaceMap(MapReader):
             )
         if sync_records < 1 or not sync_seconds > 0:
             raise MapError(f"sync_records {sync_records}, sync_seconds {sync_seconds}: both have to be above 0")
-        lock_fd = None if read_only else _lock_map(folder)
+        searcher = _searcher(search_devices)
+        lock_fd = None if read_only else lock_map(folder)
         try:
-            return cls(folder, lock_fd, sync_records, sync_seconds, repair)
+            return cls(folder, lock_fd, sync_records, sync_seconds, repair, searcher)
         except BaseException:
             if lock_fd is not None:
                 os.close(lock_fd)
@@ -249,6 +273,10 @@ class PlaceMap(MapReader):
             self._is_closed = True
             if self._journal is None or self._lock_fd is None:
                 return
+            if os.getpid() != self._pid:  # a fork: the map is the parent's, whose lock this process shares
+                self._journal.close(sync=False)
+                os.close(self._lock_fd)
+                return
             try:
                 self._journal.close()
                 if self._journal.synced != self._manifest.journal_synced and not self._broken:
@@ -271,8 +299,13 @@ class PlaceMap(MapReader):
                     raise
 
     def _load_files(self, manifest: Manifest, repair: bool) -> None:
+        self._refuse_other_map(manifest)
         known = {s.entry: s for s in self._segments if isinstance(s, Segment) and not s.is_dirty}
-        segments: list[Part] = [known.get(entry) or self._open_segment(manifest, entry) for entry in manifest.segments]
+        new_files = [file for entry in manifest.segments if entry not in known for file in entry.files]
+        segments: list[Part] = [known.get(e) or open_segment(self.path, manifest, e) for e in manifest.segments]
+        if sum(file.n_bytes for file in new_files) <= self.checked_bytes:
+            for file in new_files:
+                check_data(self.path / file.file, file)
         payloads, end = read_journal(
             self.path / manifest.journal,
             manifest.map_id,
@@ -280,15 +313,16 @@ class PlaceMap(MapReader):
             synced=manifest.journal_synced,
             cut=repair,
         )
-        self._manifest = manifest
+        self._manifest, self._map_id = manifest, manifest.map_id
         self._segments = segments
         self._tail = Tail(manifest.journal_first_row, manifest.code_bytes, manifest.descriptor_dims)
         self._next_row = manifest.journal_first_row
         self._n_replayed = self._journal_end = 0
         self._replay(payloads, end)
 
-    def _open_segment(self, manifest: Manifest, entry: SegmentEntry) -> Segment:
-        return Segment.open(self.path, entry, manifest.map_id, manifest.code_bytes, manifest.descriptor_dims)
+    def _refuse_other_map(self, manifest: Manifest) -> None:
+        if self._map_id not in ("", manifest.map_id):
+            raise MapError(f"{self.path}: another map was put in its place; open it again")
 
     def _replay(self, payloads: list[bytes], end: int) -> None:
         try:
@@ -325,7 +359,7 @@ class PlaceMap(MapReader):
 
     def _replace_manifest(self, **changes: Any) -> None:
         manifest = replace(self._manifest, **changes)
-        write_manifest(self.path, manifest)
+        write_manifest(self.path, manifest, replaces=self._manifest)
         self._manifest = manifest
         sync_folder(self.path)
 
@@ -377,7 +411,7 @@ class PlaceMap(MapReader):
         """Add one place and return its row; see :meth:`add_many`. ``code`` is uint8 [B], ``descriptor`` float [D]."""
         rows = self.add_many(
             [id],
-            code[None],
+            one_code(code),
             None if position is None else [position],
             headings=None if heading is None else [heading],
             times=None if time is None else [time],
@@ -456,7 +490,7 @@ class PlaceMap(MapReader):
             rows = self._known_rows(ids)
             unique, first = np.unique(rows, return_index=True)
             if len(unique) != len(rows):
-                twice = ids[int(np.setdiff1d(np.arange(len(rows)), first)[0])]
+                twice = self.ids(rows[np.setdiff1d(np.arange(len(rows)), first)[:1]])[0]
                 raise MapError(f"ids: {twice!r} is named twice; give each place one position")
             moved = check_positions(positions, len(rows), self.frame, may_lack=False)
             self._make_room()
@@ -489,9 +523,10 @@ class PlaceMap(MapReader):
             TetraError: as :meth:`save`.
         """
         with self._writing():
-            parts = iter(self._parts_with_places())
-            sizes = [size_of(part) * part.n_allowed // len(part.places) for part in self._parts_with_places()]
-            groups = [list(islice(parts, count)) for count in pack_all(sizes, self.segment_limit_bytes)]
+            parts = self._parts_with_places()
+            sizes = [size_of(part) * part.n_allowed // len(part.places) for part in parts]
+            left = iter(parts)
+            groups = [list(islice(left, count)) for count in pack_all(sizes, self.segment_limit_bytes)]
             is_tidy = len(groups) == len(self._segments) and not self._journal_records()
             if not is_tidy or any(part.allowed is not None for part in self._segments):
                 self._commit(groups, keep_share=1.0)
@@ -522,7 +557,8 @@ class PlaceMap(MapReader):
             for part in other._state.parts:
                 kept = np.arange(len(part.places)) if (numbers := part.kept()) is None else numbers
                 for start in range(0, len(kept), _MERGE_BLOCK):
-                    ids = Ids.trusted(part.places.ids.take(kept[start : start + _MERGE_BLOCK]))
+                    with damage_named(other.path):
+                        ids = Ids.trusted(part.places.ids.take(kept[start : start + _MERGE_BLOCK]))
                     self._refuse_known(ids, f"{other.path}: ")
                 if self.descriptor_dims is None and part.places.descriptors is not None:
                     part = replace(part, places=replace(part.places, descriptors=None))
@@ -594,7 +630,9 @@ class PlaceMap(MapReader):
             self._tail.move(numbers[known], positions[known])
 
     def _publish(self) -> None:
-        self._state = State((*self._segments, self._tail.part()), self._tail)
+        parts = (*self._segments, self._tail.part())
+        self._searcher.follow(parts)
+        self._state = State(parts, self._tail, self._searcher)
 
     # --- segments ---
 
@@ -602,94 +640,27 @@ class PlaceMap(MapReader):
         return [part for part in (*self._segments, self._tail.part()) if part.n_allowed]
 
     def _planned(self) -> list[list[Part]]:
-        """All parts in groups, each of which is to be one segment: the youngest may be joined."""
-        parts = self._parts_with_places()
-        first = join_youngest([size_of(part) for part in parts], self.segment_limit_bytes)
-        return [*([part] for part in parts[:first]), parts[first:]]
+        return planned(self._parts_with_places(), self.segment_limit_bytes)
 
-    def _commit(self, groups: list[list[Part]], added: Sequence[Part] = (), keep_share: float = _KEEP_SHARE) -> None:
-        """Make every group of parts one segment, add the places of ``added`` behind, and begin an empty journal."""
-        old, number, first_row = self._manifest, self._manifest.next_file, self._next_row
-        new_files: list[str] = []
-
-        def name(kind: str, suffix: str = "safetensors") -> Path:
-            nonlocal number
-            path = self.path / f"{kind}-{number:06d}.{suffix}"
-            number += 1
-            new_files.append(path.name)
-            return path
-
-        def written(parts: Sequence[Part], first_row: int | None = None) -> Segment:
-            file = write_segment(name("segment"), old.map_id, parts, first_row)
-            n = sum(part.n_allowed for part in parts)
-            if first_row is None:
-                kept = parts[0].kept()
-                first_row = int(parts[0].row_numbers(np.zeros(1, dtype=np.int64) if kept is None else kept[:1])[0])
-            return self._open_segment(old, SegmentEntry(**file.__dict__, n_places=n, first_row=first_row))
-
-        journal: Journal | None = None
+    def _commit(
+        self, groups: Sequence[Sequence[Part]], added: Sequence[Part] = (), keep_share: float = KEEP_SHARE
+    ) -> None:
+        """Save the parts as :func:`tetra.map_saving.save_parts` does, and go on with what it made."""
+        old, old_journal = self._manifest, self._journal
         try:
-            segments: list[Part] = []
-            for parts in groups:
-                parts = [part for part in parts if part.n_allowed]
-                if len(parts) == 1 and isinstance(parts[0], Segment):
-                    segment = parts[0]
-                    if segment.n_allowed >= keep_share * len(segment.places):
-                        segments.append(self._with_changes(segment, name) if segment.is_dirty else segment)
-                        continue
-                if parts:
-                    segments.append(written(parts))
-            if added:
-                segments.append(written(added, first_row))
-                first_row += sum(part.n_allowed for part in added)
-            path = name("journal", "log")
-            create_journal(path, old.map_id, first_row)
-            journal = Journal(path, HEADER_BYTES, **self._sync_policy)
-            manifest = replace(
-                old,
-                segments=tuple(segment.entry for segment in segments if isinstance(segment, Segment)),
-                journal=path.name,
-                journal_first_row=first_row,
-                journal_synced=HEADER_BYTES,
-                next_file=number,
-            )
-            sync_folder(self.path)
-            write_manifest(self.path, manifest)
+            saved = save_parts(self.path, old, groups, added, self._next_row, self._sync_policy, keep_share)
         except BaseException:
-            if journal is not None:
-                journal.close(sync=False)
-            self._forget(new_files)
+            if not is_in_force(self.path, old):
+                self._broken = "was interrupted while it was saved"
             raise
-        old_journal = self._journal
-        self._manifest, self._segments, self._journal = manifest, segments, journal
-        self._tail = Tail(first_row, self.code_bytes, self.descriptor_dims)
-        self._next_row, self._n_replayed = first_row, 0
+        self._manifest, self._segments, self._journal = saved.manifest, saved.segments, saved.journal
+        self._next_row = saved.manifest.journal_first_row
+        self._tail = Tail(self._next_row, self.code_bytes, self.descriptor_dims)
+        self._n_replayed = 0
         self._publish()
         if old_journal is not None:
             old_journal.close(sync=False)
-        sync_folder(self.path)
-        for file in old.files - manifest.files:
-            with contextlib.suppress(OSError):
-                (self.path / file).unlink()
-
-    def _with_changes(self, segment: Segment, name: Callable[[str], Path]) -> Segment:
-        """The segment with what was moved and removed in a file."""
-        changes: FileEntry = write_changes(name("changes"), self._manifest.map_id, segment, positions=segment.is_moved)
-        n_removed = len(segment.places) - segment.n_allowed
-        return self._open_segment(self._manifest, replace(segment.entry, changes=changes, n_removed=n_removed))
-
-    def _forget(self, files: Sequence[str]) -> None:
-        """Delete what a commit that failed has written, unless it did come into force."""
-        try:
-            current = read_manifest(self.path)
-        except MapError:
-            current = None
-        if current != self._manifest:
-            self._broken = "was interrupted while it was saved"
-            return
-        for file in files:
-            with contextlib.suppress(OSError):
-                (self.path / file).unlink(missing_ok=True)
+        delete_replaced(self.path, old, saved.manifest)
 
     # --- checks ---
 
@@ -705,9 +676,8 @@ class PlaceMap(MapReader):
         descriptors: Tensor | npt.NDArray[Any] | None,
         frame: CoordinateFrame | None,
     ) -> tuple[Ids, Places]:
-        if isinstance(ids, (str, bytes)):
-            raise MapError(f"ids: a list was expected, not {ids!r}; use add for one place")
-        checked, n = Ids.of(ids), len(ids)
+        checked = Ids.of(ids)
+        n = len(checked.keys)
         if frame is not None and frame != self.frame:
             raise MapError(
                 f"positions: they are in '{frame}', the map {self.path} is in '{self.frame}'; convert them first"
@@ -715,7 +685,7 @@ class PlaceMap(MapReader):
         places = Places(
             self._check_codes(codes, n),
             check_positions(positions, n, self.frame),
-            check_numbers(headings, n, "headings", 360.0).astype(np.float32) % np.float32(360),
+            check_headings(headings, n),
             check_numbers(times, n, "times", LARGEST),
             checked.blobs,
             check_metadata(metadata, n),
@@ -740,7 +710,8 @@ class PlaceMap(MapReader):
             seen: set[bytes] = set()
             twice = next(key for key in ids.keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise MapError(f"{where}ids: {twice.decode()!r} is there twice; ids name one place each")
-        rows = self._state.find(ids)
+        with damage_named(self.path):
+            rows = self._state.find(ids)
         if (rows >= 0).any():
             known = ids.keys[int((rows >= 0).argmax())].decode()
             raise MapError(
@@ -748,9 +719,12 @@ class PlaceMap(MapReader):
             )
 
     def _known_rows(self, ids: Sequence[str]) -> Ints:
-        rows = self.rows_of(ids)
+        checked = Ids.of(ids)
+        with damage_named(self.path):
+            rows = self._state.find(checked)
         if (rows < 0).any():
-            raise MapError(f"ids: {ids[int((rows < 0).argmax())]!r} is not in {self.path}; check its spelling")
+            unknown = checked.keys[int((rows < 0).argmax())].decode()
+            raise MapError(f"ids: {unknown!r} is not in {self.path}; check its spelling")
         return rows
 
     # --- keeping up, checking ---
@@ -765,6 +739,7 @@ class PlaceMap(MapReader):
             if not self.read_only:
                 return False
             manifest = read_manifest(self.path)
+            self._refuse_other_map(manifest)
             if manifest.journal != self._manifest.journal:
                 self._load()
                 return True
@@ -804,31 +779,5 @@ class PlaceMap(MapReader):
             return n_bytes + end
 
 
-# --- locking ---
-
-
-def _lock_map(folder: Path) -> int:
-    """The descriptor of the lock file, locked. The system frees it when the process ends, however it ends."""
-    path = folder / LOCK
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        raise MapError(
-            f"{folder}: can't be opened for writing: {error.strerror}; change its permissions, or open it read-only"
-        ) from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            owner = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
-            os.close(fd)
-            raise MapError(
-                f"{folder}: process {owner} has it open for writing; close it there, or open it read-only"
-            ) from None
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return fd  # only the number is missing
-        os.close(fd)
-        raise MapError(f"{folder}: can't be locked: {error.strerror}; keep it on a disk of this machine") from None
-    return fd
+def _searcher(devices: Sequence[torch.device | str] | None) -> PartSearch:
+    return PartSearch() if devices is None else DeviceSearch(devices)

@@ -28,13 +28,13 @@ class Region(ABC):
         """
 
     def __and__(self, other: Region) -> Region:
-        return _Both(self, other)
+        return _Both(self, other) if isinstance(other, Region) else NotImplemented
 
     @staticmethod
     def circle(centre: tuple[float, float], radius_m: float) -> Region:
         """At most ``radius_m`` from ``centre``. Raises MapError for numbers that are not finite or a radius below 0."""
-        x, y = _finite("circle's centre", centre)
-        (radius_m,) = _finite("circle's radius", (radius_m,))
+        x, y = _finite("circle's centre", centre, 2)
+        (radius_m,) = _finite("circle's radius", (radius_m,), 1)
         if radius_m < 0:
             raise MapError(f"circle's radius {radius_m:g}: it must not be below 0 metres")
         return _Circle(x, y, radius_m)
@@ -42,8 +42,8 @@ class Region(ABC):
     @staticmethod
     def box(low: tuple[float, float], high: tuple[float, float]) -> Region:
         """From the corner ``low`` to the corner ``high``, both included. Raises MapError if they are not so ordered."""
-        x0, y0 = _finite("box's low corner", low)
-        x1, y1 = _finite("box's high corner", high)
+        x0, y0 = _finite("box's low corner", low, 2)
+        x1, y1 = _finite("box's high corner", high, 2)
         if x0 > x1 or y0 > y1:
             raise MapError(f"box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}): name the low corner first")
         return _Box(x0, y0, x1, y1)
@@ -51,16 +51,19 @@ class Region(ABC):
     @staticmethod
     def heading(heading: float, tolerance: float) -> Region:
         """Looking at most ``tolerance`` degrees (0 to 180) to either side of ``heading``, round the circle."""
-        heading, tolerance = _finite("heading and tolerance", (heading, tolerance))
+        heading, tolerance = _finite("heading and tolerance", (heading, tolerance), 2)
         if not 0 <= tolerance <= 180:
             raise MapError(f"heading's tolerance {tolerance:g}: it has to be between 0 and 180 degrees")
         return _Heading(heading, tolerance)
 
 
-def _finite(what: str, values: tuple[float, ...]) -> tuple[float, ...]:
-    numbers = tuple(float(value) for value in values)
-    if not all(map(math.isfinite, numbers)):
-        raise MapError(f"{what} {values}: every number has to be finite")
+def _finite(what: str, values: tuple[float, ...], n: int) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != n or not all(map(math.isfinite, numbers)):
+        raise MapError(f"{what} {values!r}: expected {n} finite number{'s' if n > 1 else ''}")
     return numbers
 
 

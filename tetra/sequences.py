@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -272,6 +272,16 @@ class SequenceMatcher:
         order = np.argsort(places)[np.count_nonzero(places < 0) :]
         self._places, self._excess = places[order], self._excess[order]
         self._last = None
+
+    def restrict(self, is_inside: Callable[[IntArray], BoolArray]) -> None:
+        """Forget what was believed of rows outside, as when a position was measured.
+
+        ``is_inside`` says of rows, int64 [n], which are inside, bool [n].
+        """
+        inside = is_inside(self.route.rows(self._places))
+        if not inside.all():
+            self._places, self._excess = self._places[inside], self._excess[inside]
+            self._last = None
 
     def reset(self) -> None:
         """Forget all frames and times, as before the first push."""
