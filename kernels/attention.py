@@ -55,6 +55,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -66,6 +67,18 @@ from tetra.kernels import native
 from tetra.kernels.backend import arch_of, backend_for, on_device_of, tl, triton
 from tetra.kernels.interpreted import cast, product
 from tetra.kernels.specimen import Specimen
+from tetra.kernels.tunable import (
+    DTYPES,
+    TOLERANCES,
+    TRITON_NAMES,
+    Sizes,
+    Trial,
+    Tunable,
+    Work,
+    bucket,
+    dtype_name,
+    seeded,
+)
 
 Formulation = Literal["fused", "plain"]
 
@@ -135,6 +148,18 @@ CONFIGS = (
     (64, 64, 4, 2),
     (128, 64, 4, 2),
 )
+# More rows for the tuners. Which of them spill depends on the chip and the head dim.
+MORE_CONFIGS = (
+    (64, 64, 4, 4),
+    (64, 32, 4, 3),
+    (64, 32, 4, 2),
+    (64, 128, 4, 2),
+    (32, 64, 2, 3),
+    (128, 32, 4, 3),
+    (128, 64, 8, 2),
+    (128, 64, 8, 3),
+    (128, 128, 8, 2),
+)
 MAX_HEAD_DIM = 128
 
 
@@ -151,9 +176,18 @@ def config_for(arch: int, head_dim: int) -> tuple[int, ...]:
     return CONFIGS[0] if head_dim <= 64 else CONFIGS[1]
 
 
-def shape_key(t: int, head_dim: int) -> str:
-    """Key of a shape among the tuned results."""
-    return f"t{t}_d{head_dim}"
+def shape_key(b: int, t: int, n_heads: int, head_dim: int, dtype: str, prescaled: bool) -> str:
+    """Key of a shape among the tuned results; the number of maps is rounded up to a power of two."""
+    return f"maps{bucket(b * n_heads)}_t{t}_d{head_dim}_{dtype}" + ("_prescaled" if prescaled else "")
+
+
+@lru_cache(maxsize=4096)
+def _rows_and_key(
+    arch: int, b: int, t: int, n_heads: int, head_dim: int, dtype: torch.dtype, prescaled: bool
+) -> tuple[tuple[tuple[int, ...], ...], str]:
+    """What a launch looks up: rows that may run, the default first, and the key."""
+    key = shape_key(b, t, n_heads, head_dim, dtype_name(dtype), prescaled)
+    return (config_for(arch, head_dim), *CONFIGS, *MORE_CONFIGS), key
 
 
 def cost(b: int, t: int, n_heads: int, head_dim: int, n_bytes: int = 2) -> tuple[int, int]:
@@ -327,7 +361,7 @@ def _arguments(
     return constants, options
 
 
-def _launch_attention_qkv(qkv: Tensor, n_heads: int, prescaled: bool) -> Tensor:
+def _launch_attention_qkv(qkv: Tensor, n_heads: int, prescaled: bool, config: tuple[int, ...] | None = None) -> Tensor:
     b, t, width = qkv.shape
     head_dim = width // (3 * n_heads)
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
@@ -338,7 +372,9 @@ def _launch_attention_qkv(qkv: Tensor, n_heads: int, prescaled: bool) -> Tensor:
     out = torch.empty((b, t, width // 3), dtype=qkv.dtype, device=qkv.device)
     if out.numel():
         arch = arch_of(qkv.device)
-        config = lookup("attention", arch, shape_key(t, head_dim), (config_for(arch, head_dim), *CONFIGS))
+        if config is None:
+            rows, key = _rows_and_key(arch, b, t, n_heads, head_dim, qkv.dtype, prescaled)
+            config = lookup("attention", arch, key, rows, device=qkv.device)
         constants, options = _arguments(config, t, n_heads, head_dim, qkv.stride(1), prescaled, arch)
         grid = (triton.cdiv(t, constants["BLOCK_M"]) * n_heads * b,)
         with on_device_of(qkv):
@@ -362,9 +398,17 @@ def specimens(arch: int) -> list[Specimen]:
     ]
 
 
-def _specimen(arch: int, head_dim: int, tokens: int, dtype: str, prescaled: bool) -> Specimen:
-    n_heads = max(768 // head_dim, 1)
-    config = config_for(arch, head_dim)
+def _specimen(
+    arch: int,
+    head_dim: int,
+    tokens: int,
+    dtype: str,
+    prescaled: bool,
+    n_heads: int | None = None,
+    config: tuple[int, ...] | None = None,
+) -> Specimen:
+    n_heads = n_heads or max(768 // head_dim, 1)
+    config = config or config_for(arch, head_dim)
     constants, options = _arguments(config, tokens, n_heads, head_dim, 3 * n_heads * head_dim, prescaled, arch)
     described: dict[str, Any] = dict(zip(CONFIG_FIELDS, config, strict=True))
     described |= {"head_dim": head_dim, "tokens": tokens, "dtype": dtype, "prescaled": prescaled}
@@ -383,6 +427,67 @@ def _specimen(arch: int, head_dim: int, tokens: int, dtype: str, prescaled: bool
         options=options,
         unaligned=("T", "factor"),
     )
+
+
+# --- tuning ------------------------------------------------------------------------------------------------
+
+
+def _works(arch: int, n_sms: int, sizes: Sizes, config: tuple[int, ...]) -> list[Work]:
+    b, t, n_heads, head_dim = (sizes[name] for name in ("b", "t", "n_heads", "head_dim"))
+    block_m, block_n, *_ = config
+    operations, n_bytes = cost(b, t, n_heads, head_dim, DTYPES[sizes["dtype"]].itemsize)
+    return [
+        Work(
+            _specimen(arch, head_dim, t, TRITON_NAMES[sizes["dtype"]], sizes["prescaled"], n_heads, config),
+            blocks=b * n_heads * -(-t // block_m),
+            iterations=t // block_n,  # keys that do not fill a block come after the loop
+            macs=2 * block_m * block_n * sum(_split_head(head_dim)),
+            operations=operations,
+            n_bytes=n_bytes,
+            dtype="fp16",
+        )
+    ]
+
+
+def _trial(sizes: Sizes, device: torch.device) -> Trial:
+    b, t, n_heads, head_dim = (sizes[name] for name in ("b", "t", "n_heads", "head_dim"))
+    qkv = torch.randn((b, t, 3 * n_heads * head_dim), generator=seeded(device), device=device)
+    if sizes["prescaled"]:
+        qkv[:, :, : n_heads * head_dim] *= query_scale(head_dim)
+    qkv = qkv.to(DTYPES[sizes["dtype"]])
+
+    def expected() -> tuple[Tensor, ...]:
+        q, k, v = qkv.view(b, t, 3, n_heads, head_dim).permute(2, 0, 3, 1, 4)
+        out = qkv.new_empty((b, n_heads, t, head_dim), dtype=torch.float32)
+        # The reference divides by sqrt(D) and takes e^x.
+        factor = math.log(2.0) * head_dim**0.5 if sizes["prescaled"] else 1.0
+        for i in range(b):
+            out[i] = attention_reference(q[i].float() * factor, k[i].float(), v[i].float())
+        return (out.transpose(1, 2).reshape(b, t, n_heads * head_dim),)
+
+    def run(config: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return (_launch_attention_qkv(qkv, n_heads, sizes["prescaled"], config),)
+
+    return Trial(run, expected, rtol=TOLERANCES[sizes["dtype"]], atol=TOLERANCES[sizes["dtype"]])
+
+
+def tunables() -> list[Tunable]:
+    """``attention_qkv``. A problem: ``b, t, n_heads, head_dim``, ``dtype`` and whether queries are ``prescaled``."""
+    return [
+        Tunable(
+            name="attention",
+            module="attention",
+            on="cuda",
+            fields=CONFIG_FIELDS,
+            key=lambda sizes: shape_key(
+                *(sizes[name] for name in ("b", "t", "n_heads", "head_dim", "dtype", "prescaled"))
+            ),
+            space=lambda arch, sizes: CONFIGS + MORE_CONFIGS,
+            default=lambda arch, n_sms, sizes: config_for(arch, sizes["head_dim"]),
+            works=_works,
+            trial=_trial,
+        )
+    ]
 
 
 # --- torch operator ----------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -53,6 +54,7 @@ from tetra.autotune.table import lookup
 from tetra.kernels.backend import arch_of, backend_for, on_device_of, tl, triton
 from tetra.kernels.interpreted import cast, product
 from tetra.kernels.specimen import Specimen
+from tetra.kernels.tunable import DTYPES, TRITON_NAMES, Sizes, Trial, Tunable, Work, bucket, dtype_name, seeded
 
 Reduction = Literal["elements", "rows"]
 REDUCTIONS = ("elements", "rows")
@@ -181,6 +183,15 @@ CONFIGS = (
     (64, 64, 64, 4, 2),
     (128, 64, 64, 8, 3),
 )
+# More rows for the tuners. Which of them spill depends on the chip.
+MORE_CONFIGS = (
+    (64, 64, 32, 4, 4),
+    (64, 64, 128, 4, 2),
+    (64, 128, 64, 8, 3),
+    (128, 64, 32, 8, 4),
+    (128, 128, 32, 8, 3),
+    (128, 128, 64, 8, 2),
+)
 # For float32 on either side: a product of it is three, of operands that are split in registers, which hold short steps.
 FLOAT32_CONFIG = (64, 64, 16, 4, 3)
 # What the compiler is told: an SM holds two blocks of four warps. Left alone it squeezes a tile into 168 registers, for
@@ -190,9 +201,20 @@ _TRITON_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: 
 _LOG2_E = math.log2(math.e)
 
 
-def shape_key(t: int, student_width: int, teacher_width: int) -> str:
-    """Key of a shape among the tuned results."""
-    return f"t{t}_c{student_width}_c{teacher_width}"
+def shape_key(part: str, b: int, t: int, student_width: int, teacher_width: int, student: str, teacher: str) -> str:
+    """Key of a shape among the tuned results, of the "forward" kernel or of that of the logits' "gradient"; the number
+    of images is rounded up to a power of two, dtypes are the last two."""
+    return f"{part}_b{bucket(b)}_t{t}_c{student_width}_c{teacher_width}_{student}_{teacher}"
+
+
+@lru_cache(maxsize=4096)
+def _key(
+    part: str, b: int, t: int, student_width: int, teacher_width: int, student: torch.dtype, teacher: torch.dtype
+) -> str:
+    return shape_key(part, b, t, student_width, teacher_width, dtype_name(student), dtype_name(teacher))
+
+
+_ROWS = CONFIGS + MORE_CONFIGS
 
 
 def cost(
@@ -378,13 +400,16 @@ def _arguments(
     return constants, {**options, "enable_fp_fusion": False, "maxnreg": MAX_REGISTERS}
 
 
-def _launch_arguments(student_q: Tensor, teacher_q: Tensor) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
+def _launch_arguments(
+    part: str, student_q: Tensor, teacher_q: Tensor, config: tuple[int, ...] | None = None
+) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
     """``_arguments`` for tensors, and their widths and strides."""
-    t, student_width, teacher_width = student_q.shape[1], student_q.shape[2], teacher_q.shape[2]
-    config: tuple[int, ...] = FLOAT32_CONFIG
-    if torch.float32 not in (student_q.dtype, teacher_q.dtype):
-        key = shape_key(t, student_width, teacher_width)
-        config = lookup("attention_distillation", arch_of(student_q.device), key, CONFIGS)
+    (b, t, student_width), teacher_width = student_q.shape, teacher_q.shape[2]
+    if torch.float32 in (student_q.dtype, teacher_q.dtype):
+        config = FLOAT32_CONFIG
+    if config is None:
+        key = _key(part, b, t, student_width, teacher_width, student_q.dtype, teacher_q.dtype)
+        config = lookup("attention_distillation", arch_of(student_q.device), key, _ROWS, device=student_q.device)
     sizes = [student_width, teacher_width, *student_q.stride()[:2], *teacher_q.stride()[:2]]
     return *_arguments(config, student_width, teacher_width), sizes
 
@@ -397,14 +422,19 @@ def _alike(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _launch_attention_distillation(
-    student_q: Tensor, student_k: Tensor, teacher_q: Tensor, teacher_k: Tensor, factors: tuple[float, float]
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    factors: tuple[float, float],
+    config: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = _new_rows(student_q, teacher_q)
     b, t = student_q.shape[:2]
     if b * t:
         student_q, student_k = _alike(student_q, student_k)
         teacher_q, teacher_k = _alike(teacher_q, teacher_k)
-        constants, options, sizes = _launch_arguments(student_q, teacher_q)
+        constants, options, sizes = _launch_arguments("forward", student_q, teacher_q, config)
         with on_device_of(student_q):
             _attention_distillation_kernel[(b * triton.cdiv(t, constants["BLOCK_M"]),)](
                 student_q, student_k, teacher_q, teacher_k, *rows, t, *(f * _LOG2_E for f in factors), *sizes,
@@ -413,13 +443,19 @@ def _launch_attention_distillation(
     return rows
 
 
-def _launch_backward(
-    weights: Tensor, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor,
-    lse: tuple[Tensor, Tensor], factors: tuple[float, float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (q, k), (teacher_q, teacher_k), t = _alike(q, k), _alike(teacher_q, teacher_k), q.shape[1]
-    constants, options, sizes = _launch_arguments(q, teacher_q)
-    dtype = _gradient_dtype(q)
+def _logit_gradients(
+    weights: Tensor,
+    q: Tensor,
+    k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    lse: tuple[Tensor, Tensor],
+    factors: tuple[float, float],
+    config: tuple[int, ...] | None = None,
+) -> LogitGradient:
+    """What makes strips of dL/dlogits, by a launch each."""
+    constants, options, sizes = _launch_arguments("gradient", q, teacher_q, config)
+    dtype, t = _gradient_dtype(q), q.shape[1]
     stride = triton.cdiv(t, 64) * 64  # the library's fast products want aligned rows
 
     def logit_gradient(images: slice, rows: slice) -> Tensor:
@@ -434,7 +470,16 @@ def _launch_backward(
             )  # fmt: skip
         return gradient[:, :, :t]
 
-    return _student_gradients(logit_gradient, q, k, STRIP_BYTES // dtype.itemsize)
+    return logit_gradient
+
+
+def _launch_backward(
+    weights: Tensor, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor,
+    lse: tuple[Tensor, Tensor], factors: tuple[float, float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    (q, k), (teacher_q, teacher_k) = _alike(q, k), _alike(teacher_q, teacher_k)
+    logit_gradient = _logit_gradients(weights, q, k, teacher_q, teacher_k, lse, factors)
+    return _student_gradients(logit_gradient, q, k, STRIP_BYTES // _gradient_dtype(q).itemsize)
 
 
 def specimens(arch: int) -> list[Specimen]:
@@ -478,6 +523,91 @@ def _specimen(gradient: bool, config: tuple[int, ...], student_width: int, teach
         options=options,
         unaligned=("T", *factors, *(("first_row", "n_rows", "scale") if gradient else ()), *ragged),
     )
+
+
+# --- tuning ------------------------------------------------------------------------------------------------
+
+_SHAPE = ("b", "t", "student_width", "teacher_width")
+
+
+def _works(arch: int, n_sms: int, sizes: Sizes, config: tuple[int, ...]) -> list[Work]:
+    b, t, student_width, teacher_width = (sizes[name] for name in _SHAPE)
+    gradient, itemsize = sizes["part"] == "gradient", DTYPES[sizes["dtype"]].itemsize
+    block_m, block_n, block_k, *_ = config
+    row_tiles, key_tiles = -(-t // block_m), -(-t // block_n)
+    operations, n_bytes = cost(b, t, student_width, teacher_width, itemsize)
+    steps = -(-student_width // block_k) + -(-teacher_width // block_k)
+    # The loops over the widths are the main one; there are two, of the same code.
+    return [
+        Work(
+            _specimen(gradient, config, student_width, teacher_width, TRITON_NAMES[sizes["dtype"]]),
+            blocks=b * row_tiles * (key_tiles if gradient else 1),
+            iterations=steps * (1 if gradient else key_tiles),
+            macs=block_m * block_n * block_k,
+            operations=operations,
+            n_bytes=n_bytes + (itemsize * b * t * t if gradient else 0),
+            dtype="fp16",
+        )
+    ]
+
+
+def _trial(sizes: Sizes, device: torch.device) -> Trial:
+    b, t, student_width, teacher_width = (sizes[name] for name in _SHAPE)
+    random, dtype = seeded(device), DTYPES[sizes["dtype"]]
+    q, k, teacher_q, teacher_k = (
+        torch.randn((b, t, width), generator=random, device=device).to(dtype)
+        for width in (student_width, student_width, teacher_width, teacher_width)
+    )
+    weights = torch.rand((b, t), generator=random, device=device)
+    # So that logits are of the size that one head's are, over four.
+    factors = (student_width**-0.5 / 4, teacher_width**-0.5 / 4)
+    wide = [x.to(torch.float32) for x in (q, k, teacher_q, teacher_k)]
+    exact = _forward_torch(wide[0], wide[1], wide[2], wide[3], factors)
+    if sizes["part"] == "forward":
+
+        def forward(config: tuple[int, ...]) -> tuple[Tensor, ...]:
+            return _launch_attention_distillation(q, k, teacher_q, teacher_k, factors, config)
+
+        return Trial(forward, lambda: exact, rtol=1e-3, atol=1e-3)
+    everything = slice(0, b), slice(0, t)
+
+    def gradient(config: tuple[int, ...]) -> tuple[Tensor, ...]:
+        make = _logit_gradients(weights, q, k, teacher_q, teacher_k, exact[1:], factors, config)
+        return (make(*everything),)
+
+    def expected() -> tuple[Tensor, ...]:
+        p, r = (
+            _log_softmax_torch(wide[i], wide[i + 1], factors[i // 2], *everything, exact[1 + i // 2], known=True).exp_()
+            for i in (0, 2)
+        )
+        return (p.sub_(r).mul_(weights[:, :, None] * factors[0]),)
+
+    return Trial(gradient, expected, rtol=0.02, atol=0.02 * factors[0] / t)
+
+
+def _key_of(sizes: Sizes) -> str:
+    b, t, student_width, teacher_width = (sizes[name] for name in _SHAPE)
+    return shape_key(sizes["part"], b, t, student_width, teacher_width, sizes["dtype"], sizes["dtype"])
+
+
+def tunables() -> list[Tunable]:
+    """Both kernels, each a ``part``: "forward" and "gradient", of all strips in one launch.
+
+    A problem: that, ``b, t, student_width, teacher_width`` and a 16-bit ``dtype``.
+    """
+    return [
+        Tunable(
+            name="attention_distillation",
+            module="attention_distillation",
+            on="cuda",
+            fields=CONFIG_FIELDS,
+            key=_key_of,
+            space=lambda arch, sizes: _ROWS,
+            default=lambda arch, n_sms, sizes: CONFIGS[0],
+            works=_works,
+            trial=_trial,
+        )
+    ]
 
 
 # --- torch operators ---------------------------------------------------------------------------------------

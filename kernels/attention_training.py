@@ -54,6 +54,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -81,6 +82,8 @@ from tetra.kernels.dropout import (
 )
 from tetra.kernels.interpreted import cast, product
 from tetra.kernels.specimen import Specimen
+from tetra.kernels.tunable import DTYPES as BY_NAME
+from tetra.kernels.tunable import TOLERANCES, TRITON_NAMES, Sizes, Trial, Tunable, Work, bucket, dtype_name, seeded
 
 DTYPES = (*QKV_DTYPES, torch.float64)
 
@@ -182,6 +185,13 @@ CONFIGS = (
     (16, 64, 4, 2),
     (64, 16, 4, 2),
 )
+# More rows for the tuners. Which of them spill depends on the chip, the head dim and dropout.
+MORE_CONFIGS: dict[Part, tuple[tuple[int, ...], ...]] = {
+    "forward": ((64, 32, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3)),
+    "queries": ((64, 32, 4, 3), (128, 32, 8, 2), (128, 64, 8, 2)),
+    "keys": ((32, 64, 4, 3), (32, 128, 8, 2), (64, 128, 8, 2)),
+}
+_OF_PART: dict[Part, tuple[int, ...]] = {"forward": (0, 1, 2, 3), "queries": (0, 1, 3, 6), "keys": (1, 4, 5)}
 MAX_HEAD_DIM = 96
 WIDE_HEAD_DIM = 128  # too, but without dropout; what has to be masked or hashed as well would not fit the registers
 COMPILED_DTYPES = (torch.float16, torch.bfloat16)
@@ -210,9 +220,24 @@ def config_for(part: Part, arch: int, head_dim: int) -> tuple[int, ...]:
     return CONFIGS[1] if roomy or head_dim <= 32 else CONFIGS[4]
 
 
-def shape_key(part: Part, t: int, head_dim: int) -> str:
-    """Key of a shape among the tuned results."""
-    return f"{part}_t{t}_d{head_dim}"
+def shape_key(part: Part, b: int, t: int, n_heads: int, head_dim: int, dtype: str, dropout: float) -> str:
+    """Key of a shape among the tuned results; the number of maps is rounded up to a power of two."""
+    dropped = "_dropout" if threshold(dropout) else ""
+    return f"{part}_maps{bucket(b * n_heads)}_t{t}_d{head_dim}_{dtype}{dropped}"
+
+
+def configs_of(part: Part) -> tuple[tuple[int, ...], ...]:
+    """The rows that may run a part."""
+    return (*(CONFIGS[i] for i in _OF_PART[part]), *MORE_CONFIGS[part])
+
+
+@lru_cache(maxsize=4096)
+def _rows_and_key(
+    part: Part, arch: int, b: int, t: int, n_heads: int, head_dim: int, dtype: torch.dtype, dropout: float
+) -> tuple[tuple[tuple[int, ...], ...], str]:
+    """What a launch looks up: rows that may run, the default first, and the key."""
+    key = shape_key(part, b, t, n_heads, head_dim, dtype_name(dtype), dropout)
+    return (config_for(part, arch, head_dim), *configs_of(part)), key
 
 
 def cost(b: int, t: int, n_heads: int, head_dim: int, n_bytes: int = 2, *, backward: bool = False) -> tuple[int, int]:
@@ -666,13 +691,16 @@ def _arguments(
     return constants, options
 
 
-def _prepare(part: Part, qkv: Tensor, n_heads: int, dropout: float) -> tuple[tuple[int], dict[str, Any]]:
+def _prepare(
+    part: Part, qkv: Tensor, n_heads: int, dropout: float, config: tuple[int, ...] | None = None
+) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and constants of a launch."""
     b, t, width = qkv.shape
     head_dim = width // (3 * n_heads)
     arch = arch_of(qkv.device)
-    rows = (config_for(part, arch, head_dim), *CONFIGS)
-    config = lookup("attention_training", arch, shape_key(part, t, head_dim), rows)
+    if config is None:
+        rows, key = _rows_and_key(part, arch, b, t, n_heads, head_dim, qkv.dtype, dropout)
+        config = lookup("attention_training", arch, key, rows, device=qkv.device)
     constants, options = _arguments(part, config, t, n_heads, head_dim, qkv.stride(1), dropout, arch)
     block = constants["BLOCK_N" if part == "keys" else "BLOCK_M"]
     return (triton.cdiv(t, block) * n_heads * b,), constants | options
@@ -687,34 +715,71 @@ def _with_rows_contiguous(qkv: Tensor) -> Tensor:
     return qkv
 
 
-def _launch_forward(qkv: Tensor, n_heads: int, dropout: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def _launch_forward(
+    qkv: Tensor, n_heads: int, dropout: float, seed: Tensor | None, config: tuple[int, ...] | None = None
+) -> tuple[Tensor, Tensor]:
     b, t, width = qkv.shape
     qkv = _with_rows_contiguous(qkv)
     out = torch.empty((b, t, width // 3), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((b, n_heads, t), dtype=torch.float32, device=qkv.device)
     if out.numel():
-        grid, constants = _prepare("forward", qkv, n_heads, dropout)
+        grid, constants = _prepare("forward", qkv, n_heads, dropout, config)
         with on_device_of(qkv):
             factor = query_scale(width // (3 * n_heads))
             _forward_kernel[grid](qkv, seed, out, lse, t, factor, qkv.stride(0), **constants)
     return out, lse
 
 
+def _scalars(qkv: Tensor, n_heads: int) -> tuple[int, float, float, int]:
+    """What both kernels of the backward pass take after their tensors."""
+    head_dim = qkv.shape[2] // (3 * n_heads)
+    return qkv.shape[1], query_scale(head_dim), head_dim**-0.5, qkv.stride(0)
+
+
+def _launch_queries(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_qkv: Tensor,
+    n_heads: int,
+    dropout: float,
+    seed: Tensor | None,
+    config: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Writes the queries' part of ``grad_qkv``; returns the inner products of results and their gradients."""
+    delta = torch.empty_like(lse)
+    grid, constants = _prepare("queries", qkv, n_heads, dropout, config)
+    with on_device_of(qkv):
+        _queries_kernel[grid](qkv, seed, out, lse, grad, grad_qkv, delta, *_scalars(qkv, n_heads), **constants)
+    return delta
+
+
+def _launch_keys(
+    grad: Tensor,
+    qkv: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_qkv: Tensor,
+    n_heads: int,
+    dropout: float,
+    seed: Tensor | None,
+    config: tuple[int, ...] | None = None,
+) -> None:
+    """Writes the keys' and the values' part of ``grad_qkv``."""
+    grid, constants = _prepare("keys", qkv, n_heads, dropout, config)
+    with on_device_of(qkv):
+        _keys_kernel[grid](qkv, seed, lse, grad, delta, grad_qkv, *_scalars(qkv, n_heads), **constants)
+
+
 def _launch_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int, dropout: float, seed: Tensor | None
 ) -> Tensor:
-    _, t, width = qkv.shape
-    head_dim = width // (3 * n_heads)
     qkv, grad = _with_rows_contiguous(qkv), grad.contiguous()
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if grad_qkv.numel():
-        delta = torch.empty_like(lse)
-        scalars = (t, query_scale(head_dim), head_dim**-0.5, qkv.stride(0))
-        with on_device_of(qkv):
-            grid, constants = _prepare("queries", qkv, n_heads, dropout)
-            _queries_kernel[grid](qkv, seed, out, lse, grad, grad_qkv, delta, *scalars, **constants)
-            grid, constants = _prepare("keys", qkv, n_heads, dropout)
-            _keys_kernel[grid](qkv, seed, lse, grad, delta, grad_qkv, *scalars, **constants)
+        delta = _launch_queries(grad, qkv, out, lse, grad_qkv, n_heads, dropout, seed)
+        _launch_keys(grad, qkv, lse, delta, grad_qkv, n_heads, dropout, seed)
     return grad_qkv
 
 
@@ -745,8 +810,9 @@ def _specimen(
     dtype: str,
     dropout: float,
     config: tuple[int, ...] | None = None,
+    n_heads: int | None = None,
 ) -> Specimen:
-    n_heads = max(768 // head_dim, 1)
+    n_heads = n_heads or max(768 // head_dim, 1)
     config = config or config_for(part, arch, head_dim)
     constants, options = _arguments(part, config, t, n_heads, head_dim, 3 * n_heads * head_dim, dropout, arch)
     backward = {"lse_ptr": "fp32", "grad_out_ptr": dtype, "grad_qkv_ptr": dtype, "delta_ptr": "fp32"}
@@ -774,6 +840,97 @@ def _specimen(
         options=options,
         unaligned=("T", "factor") if part == "forward" else ("T", "factor", "scale"),
     )
+
+
+# --- tuning ------------------------------------------------------------------------------------------------
+
+_SHAPE = ("b", "t", "n_heads", "head_dim")
+
+
+def _works(arch: int, n_sms: int, sizes: Sizes, config: tuple[int, ...]) -> list[Work]:
+    part: Part = sizes["part"]
+    b, t, n_heads, head_dim = (sizes[name] for name in _SHAPE)
+    block_m, block_n, *_ = config
+    own, step = (block_n, block_m) if part == "keys" else (block_m, block_n)
+    products = {"forward": 2, "queries": 3, "keys": 4}[part]
+    itemsize = BY_NAME[sizes["dtype"]].itemsize
+    values, maps = b * t * n_heads * head_dim * itemsize, b * n_heads * t * t
+    return [
+        Work(
+            _specimen(part, arch, head_dim, t, TRITON_NAMES[sizes["dtype"]], sizes["dropout"], config, n_heads),
+            blocks=b * n_heads * -(-t // own),
+            iterations=t // step,  # what does not fill a step comes after the loop
+            macs=products * block_m * block_n * sum(_parts_of_head(head_dim)),
+            operations=maps * (2 * products * head_dim + (4 if part == "forward" else 5)),
+            # q, k, v in and the result out; q, k, v, the result and its gradient in and one out; or one less and two.
+            n_bytes={"forward": 4, "queries": 6, "keys": 6}[part] * values + 8 * b * n_heads * t,
+            dtype="fp16",
+        )
+    ]
+
+
+def _trial(sizes: Sizes, device: torch.device) -> Trial:
+    part, dropout = sizes["part"], sizes["dropout"]
+    b, t, n_heads, head_dim = (sizes[name] for name in _SHAPE)
+    width, random = n_heads * head_dim, seeded(device)
+    dtype = BY_NAME[sizes["dtype"]]
+    qkv = torch.randn((b, t, 3 * width), generator=random, device=device).to(dtype)
+    grad = torch.randn((b, t, width), generator=random, device=device).to(dtype)
+    seed = torch.tensor(1, device=device) if threshold(dropout) else None
+    exact = _forward_torch(qkv.to(torch.float32), n_heads, dropout, seed)
+    tolerance = TOLERANCES[sizes["dtype"]]
+
+    def forward(config: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return _launch_forward(qkv, n_heads, dropout, seed, config)
+
+    def log_sum_exps() -> Tensor:
+        lse = torch.empty((b, n_heads, t), device=device)
+        for i in range(b):
+            q, k, _ = split_heads(qkv[i : i + 1].to(torch.float32), n_heads)
+            lse[i] = (q @ k.transpose(-2, -1) * head_dim**-0.5).logsumexp(-1)[0]
+        return lse
+
+    if part == "forward":
+        return Trial(forward, lambda: (exact, log_sum_exps()), rtol=tolerance, atol=(tolerance, 1e-3))
+    out, lse = exact.to(dtype), log_sum_exps()
+    delta = (out.float() * grad.float()).view(b, t, n_heads, head_dim).sum(-1).transpose(1, 2).contiguous()
+    mine = slice(0, width) if part == "queries" else slice(width, 3 * width)
+
+    def backward(config: tuple[int, ...]) -> tuple[Tensor, ...]:
+        grad_qkv = torch.empty_like(qkv)
+        if part == "queries":
+            _launch_queries(grad, qkv, out, lse, grad_qkv, n_heads, dropout, seed, config)
+        else:
+            _launch_keys(grad, qkv, lse, delta, grad_qkv, n_heads, dropout, seed, config)
+        return (grad_qkv[:, :, mine],)
+
+    def expected() -> tuple[Tensor, ...]:
+        whole = _backward_torch(grad.to(torch.float32), qkv.to(torch.float32), n_heads, dropout, seed)
+        return (whole[:, :, mine],)
+
+    return Trial(backward, expected, rtol=tolerance, atol=tolerance)
+
+
+def _key_of(sizes: Sizes) -> str:
+    b, t, n_heads, head_dim = (sizes[name] for name in _SHAPE)
+    return shape_key(sizes["part"], b, t, n_heads, head_dim, sizes["dtype"], sizes["dropout"])
+
+
+def tunables() -> list[Tunable]:
+    """The three kernels, each a ``part``. A problem: that, ``b, t, n_heads, head_dim``, ``dtype`` and ``dropout``."""
+    return [
+        Tunable(
+            name="attention_training",
+            module="attention_training",
+            on="cuda",
+            fields=CONFIG_FIELDS,
+            key=_key_of,
+            space=lambda arch, sizes: configs_of(sizes["part"]),
+            default=lambda arch, n_sms, sizes: config_for(sizes["part"], arch, sizes["head_dim"]),
+            works=_works,
+            trial=_trial,
+        )
+    ]
 
 
 # --- torch operators ---------------------------------------------------------------------------------------

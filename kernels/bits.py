@@ -12,12 +12,16 @@ with zeros, as ``numpy.packbits`` does. NaN is not greater than zero, so it give
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from tetra.kernels.backend import backend_for, on_device_of, tl, triton
+from tetra.autotune.table import lookup
+from tetra.kernels.backend import arch_of, backend_for, on_device_of, tl, triton
 from tetra.kernels.specimen import Specimen
+from tetra.kernels.tunable import DTYPES as BY_NAME
+from tetra.kernels.tunable import TRITON_NAMES, Config, Sizes, Trial, Tunable, Work, dtype_name, seeded
 
 DTYPES = (
     torch.bool,
@@ -50,7 +54,13 @@ def _pack_bits_torch(values: Tensor) -> Tensor:
 # --- Triton ------------------------------------------------------------------------------------------------
 
 CONFIG_FIELDS = ("BLOCK_BYTES", "num_warps")
-CONFIGS = ((128, 4),)
+CONFIGS = ((128, 4), (64, 2), (32, 1), (64, 4), (256, 4), (256, 8), (512, 8))
+
+
+@lru_cache(maxsize=4096)
+def shape_key(d: int, dtype: torch.dtype, checked: bool) -> str:
+    """Key of rows of ``d`` values among the tuned results."""
+    return f"d{d}_{dtype_name(dtype)}" + "_checked" * checked
 
 
 def cost(rows: int, d: int, value_bytes: int = 4) -> tuple[int, int]:
@@ -85,7 +95,7 @@ def _pack_bits_kernel(
         tl.atomic_or(not_finite_ptr + row, 1, mask=strange != 0, sem="relaxed")
 
 
-def _launch_pack_bits(values: Tensor, checked: bool) -> tuple[Tensor, Tensor | None]:
+def _launch_pack_bits(values: Tensor, checked: bool, config: Config | None = None) -> tuple[Tensor, Tensor | None]:
     """Codes of values [rows, D] and, if ``checked``, int32 [rows], not 0 where a row is not finite."""
     rows, d = values.shape
     values = values if values.stride(1) == 1 else values.contiguous()
@@ -93,7 +103,10 @@ def _launch_pack_bits(values: Tensor, checked: bool) -> tuple[Tensor, Tensor | N
     codes = torch.empty((rows, -(-d // 8)), dtype=torch.uint8, device=values.device)
     not_finite = torch.zeros(rows, dtype=torch.int32, device=values.device) if checked else None
     if codes.numel():
-        options = dict(zip(CONFIG_FIELDS, CONFIGS[0], strict=True))
+        if config is None:
+            key = shape_key(d, values.dtype, checked)
+            config = lookup("bits", arch_of(values.device), key, CONFIGS, device=values.device)
+        options = dict(zip(CONFIG_FIELDS, config, strict=True))
         n_blocks = triton.cdiv(codes.shape[1], options["BLOCK_BYTES"])
         with on_device_of(values):
             _pack_bits_kernel[(rows * n_blocks,)](values, codes, not_finite, d, n_blocks, values.stride(0), **options)
@@ -105,8 +118,8 @@ def specimens(arch: int) -> list[Specimen]:
     return [_specimen(dtype, checked) for dtype in ("fp16", "fp32") for checked in (False, True)]
 
 
-def _specimen(dtype: str, checked: bool) -> Specimen:
-    options = dict(zip(CONFIG_FIELDS, CONFIGS[0], strict=True))
+def _specimen(dtype: str, checked: bool, config: Config = CONFIGS[0]) -> Specimen:
+    options = dict(zip(CONFIG_FIELDS, config, strict=True))
     signature = {"values_ptr": f"*{dtype}", "codes_ptr": "*u8"}
     if checked:
         signature["not_finite_ptr"] = "*i32"
@@ -120,6 +133,50 @@ def _specimen(dtype: str, checked: bool) -> Specimen:
         options={"num_warps": options["num_warps"]},
         unaligned=("n_blocks",),
     )
+
+
+# --- tuning ------------------------------------------------------------------------------------------------
+
+
+def _works(arch: int, n_sms: int, sizes: Sizes, config: Config) -> list[Work]:
+    rows, d, dtype = sizes["rows"], sizes["d"], sizes["dtype"]
+    operations, n_bytes = cost(rows, d, BY_NAME[dtype].itemsize)
+    bytes_a_row = (d + 7) // 8
+    blocks = rows * -(-bytes_a_row // config[0])
+    return [Work(_specimen(TRITON_NAMES[dtype], sizes["checked"], config), blocks, 1, 0, operations, n_bytes, "fp32")]
+
+
+def _trial(sizes: Sizes, device: torch.device) -> Trial:
+    values = torch.randn((sizes["rows"], sizes["d"]), generator=seeded(device), device=device)
+    values = values.to(BY_NAME[sizes["dtype"]])
+    values[sizes["rows"] // 2, 0] = torch.nan  # a bit that is not set, in a row that is not finite
+
+    def run(config: Config) -> tuple[Tensor, ...]:
+        codes, not_finite = _launch_pack_bits(values, sizes["checked"], config)
+        return (codes,) if not_finite is None else (codes, not_finite)
+
+    def expected() -> tuple[Tensor, ...]:
+        codes = _pack_bits_torch(values)
+        return (codes, ~torch.isfinite(values).all(1)) if sizes["checked"] else (codes,)
+
+    return Trial(run, expected)
+
+
+def tunables() -> list[Tunable]:
+    """Packing. A problem: ``rows, d``, ``dtype`` and whether values are ``checked``; the key leaves ``rows`` out."""
+    return [
+        Tunable(
+            name="bits",
+            module="bits",
+            on="cuda",
+            fields=CONFIG_FIELDS,
+            key=lambda sizes: shape_key(sizes["d"], BY_NAME[sizes["dtype"]], sizes["checked"]),
+            space=lambda arch, sizes: CONFIGS,
+            default=lambda arch, n_sms, sizes: CONFIGS[0],
+            works=_works,
+            trial=_trial,
+        )
+    ]
 
 
 # --- torch operators ---------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ Source: TeTRA (arXiv 2503.02511), quantisation-aware training with a blend; the 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -54,8 +55,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from tetra.autotune.table import lookup
 from tetra.kernels import native
-from tetra.kernels.backend import backend_for, is_traced, on_device_of, operator_or_function, tl, triton
+from tetra.kernels.backend import arch_of, backend_for, is_traced, on_device_of, operator_or_function, tl, triton
 from tetra.kernels.dropout import (
     check_dropout,
     dropout_constants,
@@ -77,9 +79,22 @@ from tetra.kernels.row_quantize import (
     _quantize_rows_op,
     norm_quantize,
 )
-from tetra.kernels.rows import TRITON_DTYPES, centre_row, load_part, load_row, normalize_row, row_config, store_part
+from tetra.kernels.rows import (
+    ROW_FIELDS,
+    TRITON_DTYPES,
+    centre_row,
+    load_part,
+    load_row,
+    normalize_row,
+    row_configs,
+    row_options,
+    store_part,
+    tuned_row,
+)
 from tetra.kernels.specimen import Specimen
 from tetra.kernels.ternary_matmul import pack_ternary_unchecked, packed_width, ternary_linear_int8
+from tetra.kernels.tunable import DTYPES as BY_NAME
+from tetra.kernels.tunable import TOLERANCES, TRITON_NAMES, Config, Sizes, Trial, Tunable, Work, dtype_name, seeded
 
 Norm = tuple[Tensor, Tensor, float]
 """Weight [K] and bias [K] of a LayerNorm, of any floating dtype, and eps."""
@@ -227,9 +242,10 @@ MAX_K = 6144
 # Of the backward pass: at most so many blocks, which write one row of sums each, and at least so many rows a block.
 MAX_BLOCKS = 1024
 ROWS_A_BLOCK = 8
-# Of the weight: values that a block takes at a time, warps, and at most how many blocks sum |W|.
-WEIGHT_BLOCK = 2048
-WEIGHT_WARPS = 8
+# Of the weight: values that a block takes at a time, and warps. The first row is that of the sum of |W| too, which
+# nothing may change: its order is the shape's alone. At most so many blocks take part in it.
+WEIGHT_FIELDS = ("BLOCK", "num_warps")
+WEIGHT_CONFIGS = ((2048, 8), (1024, 4), (1024, 8), (2048, 4), (4096, 8), (4096, 16))
 MAX_SUMS = 128
 
 
@@ -412,11 +428,25 @@ def _blend_weight_kernel(
     tl.store(out_ptr + places, cast(blended, out_ptr.dtype.element_ty), mask=places < n)
 
 
-def _config(k: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:
+def _configs(k: int, dtype: torch.dtype = torch.float32) -> tuple[Config, ...]:
     """For rows of ``k`` values of ``dtype``; the default is the backward pass's, whatever its dtypes."""
-    config = row_config(k, dtype)
-    config.pop("maxnreg", None)  # enough for a row and its norm; the blend would spill
-    return config
+    return row_configs(k, dtype, limited=False)  # a limit is enough for a row and its norm; the blend would spill
+
+
+@lru_cache(maxsize=4096)
+def _rows_and_key(
+    part: str, k: int, dtype: torch.dtype, out: torch.dtype, norm: bool, gelu: bool, dropout: bool, blend: bool
+) -> tuple[tuple[Config, ...], str]:
+    """What a launch looks up: rows that may run, the default first, and the key. ``out`` is the dtype of y or dL/dy."""
+    rows = _configs(k, dtype) if part == "forward" else _configs(k)
+    flags = "_norm" * norm + "_gelu" * gelu + "_dropout" * dropout + "_blend" * (blend and part == "forward")
+    return rows, f"{part}_k{k}_{dtype_name(dtype)}_{dtype_name(out)}{flags}"
+
+
+@lru_cache(maxsize=4096)
+def _weight_key(n: int, dtype: torch.dtype, out: torch.dtype) -> str:
+    """Key of a weight of n values among the tuned results."""
+    return f"n{n}_{dtype_name(dtype)}_{dtype_name(out)}"
 
 
 def _launch_blend_rows(
@@ -429,10 +459,14 @@ def _launch_blend_rows(
     dropout: float,
     seed: Tensor | None,
     out_dtype: torch.dtype,
+    config: Config | None = None,
 ) -> Tensor:
     m, k = x.shape
     y = torch.empty_like(x, dtype=out_dtype)
     if m:
+        flags = (norm_weight is not None, gelu, threshold(dropout) > 0, lam > 0.0)
+        rows, key = _rows_and_key("forward", k, x.dtype, out_dtype, *flags)
+        options = tuned_row("blend_rows", key, rows, x.device, config)
         with on_device_of(x):
             _blend_rows_kernel[(m,)](
                 x,
@@ -446,9 +480,13 @@ def _launch_blend_rows(
                 GELU=gelu,
                 BLEND=lam > 0.0,
                 **dropout_constants(dropout),
-                **_config(k, x.dtype),
+                **options,
             )
     return y
+
+
+def _rows_a_block(m: int, norm: bool) -> int:
+    return max(-(-m // MAX_BLOCKS), ROWS_A_BLOCK) if norm else 1
 
 
 def _launch_blend_rows_backward(
@@ -459,14 +497,18 @@ def _launch_blend_rows_backward(
     gelu: bool,
     dropout: float,
     seed: Tensor | None,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     m, k = x.shape
     grad_x = torch.empty_like(x)
     # Of the shape alone, so that every GPU adds the rows up in the same order.
-    rows_a_block = 1 if norm_weight is None else max(triton.cdiv(m, MAX_BLOCKS), ROWS_A_BLOCK)
-    n_blocks = triton.cdiv(m, rows_a_block)
+    rows_a_block = _rows_a_block(m, norm_weight is not None)
+    n_blocks = -(-m // rows_a_block)
     sums = torch.empty((n_blocks, 2, 0 if norm_weight is None else k), dtype=torch.float32, device=x.device)
     if m:
+        flags = (norm_weight is not None, gelu, threshold(dropout) > 0, False)
+        rows, key = _rows_and_key("backward", k, x.dtype, grad.dtype, *flags)
+        options = tuned_row("blend_rows", key, rows, x.device, config)
         with on_device_of(x):
             _blend_rows_backward_kernel[(n_blocks,)](
                 grad,
@@ -481,21 +523,25 @@ def _launch_blend_rows_backward(
                 K=k,
                 GELU=gelu,
                 **dropout_constants(dropout),
-                **_config(k),
+                **options,
             )
     return grad_x, sums.sum(0)
 
 
-def _launch_blend_weight(weight: Tensor, lam: float, out_dtype: torch.dtype) -> Tensor:
+def _launch_blend_weight(weight: Tensor, lam: float, out_dtype: torch.dtype, config: Config | None = None) -> Tensor:
     out, n = torch.empty_like(weight, dtype=out_dtype), weight.numel()
     if n:
-        values_a_block = triton.cdiv(triton.cdiv(n, MAX_SUMS), WEIGHT_BLOCK) * WEIGHT_BLOCK
+        for_sums = dict(zip(WEIGHT_FIELDS, WEIGHT_CONFIGS[0], strict=True))
+        values_a_block = triton.cdiv(triton.cdiv(n, MAX_SUMS), for_sums["BLOCK"]) * for_sums["BLOCK"]
         n_sums = triton.cdiv(n, values_a_block)
         sums = torch.empty(n_sums, dtype=torch.float32, device=weight.device)
-        options: dict[str, int] = {"BLOCK": WEIGHT_BLOCK, "num_warps": WEIGHT_WARPS}
+        if config is None:
+            key = _weight_key(n, weight.dtype, out_dtype)
+            config = lookup("blend_weight", arch_of(weight.device), key, WEIGHT_CONFIGS, device=weight.device)
+        options = dict(zip(WEIGHT_FIELDS, config, strict=True))
         with on_device_of(weight):
-            _absolute_sums_kernel[(n_sums,)](weight, sums, n, values_a_block, **options)
-            blocks = (triton.cdiv(n, WEIGHT_BLOCK),)
+            _absolute_sums_kernel[(n_sums,)](weight, sums, n, values_a_block, **for_sums)
+            blocks = (triton.cdiv(n, options["BLOCK"]),)
             _blend_weight_kernel[blocks](weight, sums, out, n, n_sums, lam, MAX_SUMS=MAX_SUMS, **options)
     return out
 
@@ -524,8 +570,9 @@ def _rows_specimen(
     gelu: bool = False,
     dropout: float = 0.0,
     blend: bool = True,
+    row: Config | None = None,
 ) -> Specimen:
-    config = _config(k) if backward else _config(k, TRITON_DTYPES[dtype])
+    config = row_options(row or (_configs(k) if backward else _configs(k, TRITON_DTYPES[dtype]))[0])
     shown: dict[str, Any] = {"part": "rows_backward" if backward else "rows", "K": k, "dtype": dtype, "out": out}
     shown |= {"norm": norm, "gelu": gelu, "dropout": dropout, "blend": blend, **config}
     constants: dict[str, Any] = {"K": k, "GELU": gelu, "CHUNK": config.pop("CHUNK"), **dropout_constants(dropout)}
@@ -551,28 +598,152 @@ def _rows_specimen(
     )
 
 
-def _weight_specimen(dtype: str, out: str) -> Specimen:
+def _weight_specimen(dtype: str, out: str, config: Config = WEIGHT_CONFIGS[0]) -> Specimen:
+    block, warps = config
     pointers = {"weight_ptr": f"*{dtype}", "sums_ptr": "*fp32", "out_ptr": f"*{out}"}
     return Specimen(
         name="blended_linear",
-        config={"part": "weight", "dtype": dtype, "out": out, "num_warps": WEIGHT_WARPS},
+        config={"part": "weight", "dtype": dtype, "out": out, "num_warps": warps},
         kernel=_blend_weight_kernel,
         signature={**pointers, "n": "i32", "n_sums": "i32", "lam": "fp32"},
-        constants={"MAX_SUMS": MAX_SUMS, "BLOCK": WEIGHT_BLOCK},
-        options={"num_warps": WEIGHT_WARPS},
+        constants={"MAX_SUMS": MAX_SUMS, "BLOCK": block},
+        options={"num_warps": warps},
         unaligned=("n_sums", "lam"),
     )
 
 
 def _sums_specimen(dtype: str) -> Specimen:
+    block, warps = WEIGHT_CONFIGS[0]
     return Specimen(
         name="blended_linear",
-        config={"part": "sums", "dtype": dtype, "num_warps": WEIGHT_WARPS},
+        config={"part": "sums", "dtype": dtype, "num_warps": warps},
         kernel=_absolute_sums_kernel,
         signature={"weight_ptr": f"*{dtype}", "sums_ptr": "*fp32", "n": "i32", "values_a_block": "i32"},
-        constants={"BLOCK": WEIGHT_BLOCK},
-        options={"num_warps": WEIGHT_WARPS},
+        constants={"BLOCK": block},
+        options={"num_warps": warps},
     )
+
+
+# --- tuning ------------------------------------------------------------------------------------------------
+
+_FLAGS = ("norm", "gelu", "dropout", "blend")
+
+
+def _problem_rows_and_key(sizes: Sizes) -> tuple[tuple[Config, ...], str]:
+    dtypes = BY_NAME[sizes["x"]], BY_NAME[sizes["y"]]
+    return _rows_and_key(sizes["part"], sizes["k"], *dtypes, *(bool(sizes[name]) for name in _FLAGS))
+
+
+def _rows_works(arch: int, n_sms: int, sizes: Sizes, config: Config) -> list[Work]:
+    m, k, backward = sizes["m"], sizes["k"], sizes["part"] == "backward"
+    norm, gelu, dropout = sizes["norm"], sizes["gelu"], sizes["dropout"]
+    operations, n_bytes = cost(
+        m,
+        k,
+        BY_NAME[sizes["x"]].itemsize,
+        BY_NAME[sizes["y"]].itemsize,
+        norm=norm,
+        gelu=gelu,
+        dropout=dropout > 0,
+        backward=backward,
+    )
+    code = _rows_specimen(
+        k,
+        TRITON_NAMES[sizes["x"]],
+        TRITON_NAMES[sizes["y"]],
+        backward,
+        norm=norm,
+        gelu=gelu,
+        dropout=dropout,
+        blend=sizes["blend"],
+        row=config,
+    )
+    rows_a_block = _rows_a_block(m, norm) if backward else 1
+    return [Work(code, -(-m // rows_a_block), rows_a_block, 0, operations, n_bytes, "fp32")]
+
+
+def _rows_trial(sizes: Sizes, device: torch.device) -> Trial:
+    shape, random = (sizes["m"], sizes["k"]), seeded(device)
+    x, grad = (torch.randn(shape, generator=random, device=device).to(BY_NAME[sizes[name]]) for name in ("x", "y"))
+    weight, bias = torch.rand((2, sizes["k"]), generator=random, device=device) + 0.5 if sizes["norm"] else (None, None)
+    lam, gelu, dropout = 0.7 if sizes["blend"] else 0.0, sizes["gelu"], sizes["dropout"]
+    seed = torch.tensor(1, device=device) if threshold(dropout) else None
+    tolerance = TOLERANCES[sizes["y"]]
+    if sizes["part"] == "forward":
+
+        def forward(config: Config) -> tuple[Tensor, ...]:
+            return (_launch_blend_rows(x, lam, weight, bias, 1e-5, gelu, dropout, seed, grad.dtype, config),)
+
+        def expected() -> tuple[Tensor, ...]:
+            wide = x.to(torch.float32)
+            return (_blend_rows_torch(wide, lam, weight, bias, 1e-5, gelu, dropout, seed, torch.float32),)
+
+        # A code may differ by one, which is a 127th of the largest value.
+        return Trial(forward, expected, rtol=tolerance, atol=max(tolerance, 0.06 * lam))
+
+    def backward(config: Config) -> tuple[Tensor, ...]:
+        grad_x, sums = _launch_blend_rows_backward(grad, x, weight, 1e-5, gelu, dropout, seed, config)
+        return (grad_x, sums) if sizes["norm"] else (grad_x,)
+
+    def expected_backward() -> tuple[Tensor, ...]:
+        wide = grad.to(torch.float64), x.to(torch.float64)
+        grad_x, sums = _blend_rows_backward_torch(*wide, weight, bias, 1e-5, gelu, dropout, seed)
+        return (grad_x, sums) if sizes["norm"] else (grad_x,)
+
+    tolerance = TOLERANCES[sizes["x"]]
+    return Trial(backward, expected_backward, rtol=tolerance, atol=(tolerance, 1e-3 * sizes["m"] ** 0.5))
+
+
+def _weight_works(arch: int, n_sms: int, sizes: Sizes, config: Config) -> list[Work]:
+    n, dtype, out = sizes["n"], sizes["x"], sizes["y"]
+    n_bytes = n * (BY_NAME[dtype].itemsize + BY_NAME[out].itemsize)
+    code = _weight_specimen(TRITON_NAMES[dtype], TRITON_NAMES[out], config)
+    return [Work(code, -(-n // config[0]), 1, 0, 8 * n, n_bytes, "fp32")]
+
+
+def _weight_trial(sizes: Sizes, device: torch.device) -> Trial:
+    weight = torch.randn((sizes["n"],), generator=seeded(device), device=device).to(BY_NAME[sizes["x"]])
+    out = BY_NAME[sizes["y"]]
+
+    def expected() -> tuple[Tensor, ...]:
+        return (_blend_weight_torch(weight.to(torch.float32), 0.7, torch.float32),)
+
+    # A code may differ by one where a value lies on the boundary.
+    return Trial(
+        lambda config: (_launch_blend_weight(weight, 0.7, out, config),),
+        expected,
+        rtol=TOLERANCES[sizes["y"]],
+        atol=1e-2,
+    )
+
+
+def tunables() -> list[Tunable]:
+    """Rows and weights. A problem of rows: ``part`` ("forward", "backward"), ``m, k``, dtypes ``x`` and ``y``, whether
+    there are ``norm, gelu, blend``, and ``dropout``; the key leaves ``m`` out. Of weights: ``n``, ``x``, ``y``."""
+    return [
+        Tunable(
+            name="blend_rows",
+            module="blended_linear",
+            on="cuda",
+            fields=ROW_FIELDS,
+            key=lambda sizes: _problem_rows_and_key(sizes)[1],
+            space=lambda arch, sizes: _problem_rows_and_key(sizes)[0],
+            default=lambda arch, n_sms, sizes: _problem_rows_and_key(sizes)[0][0],
+            works=_rows_works,
+            trial=_rows_trial,
+        ),
+        Tunable(
+            name="blend_weight",
+            module="blended_linear",
+            on="cuda",
+            fields=WEIGHT_FIELDS,
+            key=lambda sizes: _weight_key(sizes["n"], BY_NAME[sizes["x"]], BY_NAME[sizes["y"]]),
+            space=lambda arch, sizes: WEIGHT_CONFIGS,
+            default=lambda arch, n_sms, sizes: WEIGHT_CONFIGS[0],
+            works=_weight_works,
+            trial=_weight_trial,
+        ),
+    ]
 
 
 # --- torch operators ---------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ Errors
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,15 +43,18 @@ from tetra.autotune.table import lookup
 from tetra.kernels.backend import arch_of, on_device_of, tl, triton
 from tetra.kernels.hamming_popcount import (
     _FARTHEST,
+    blocks_and_parts,
     check_codes,
     nearest_keys,
     offer_tile,
     range_by_rows,
     rows_that_count,
+    search_trial,
     start_lists,
     topk_by_queries,
 )
 from tetra.kernels.specimen import Specimen
+from tetra.kernels.tunable import Sizes, Tunable, Work, bucket
 
 GROUP_BYTES = 32  # of a row, a step
 PLANES = 8
@@ -90,12 +94,22 @@ CONFIGS = (
     (64, 128, 4, 3, 168, 2),
     (32, 128, 4, 3, 128, 4),
 )
+# More rows for the tuners. Which of them spill depends on the chip.
+MORE_CONFIGS = (
+    (128, 128, 8, 3, 128, 2),
+    (128, 64, 4, 3, 168, 2),
+    (64, 128, 4, 2, 168, 2),
+    (64, 128, 4, 4, 168, 2),
+    (64, 64, 4, 3, 128, 4),
+    (32, 128, 4, 2, 128, 4),
+    (16, 128, 4, 3, 128, 4),
+)
 _SMALL_SHARED = (86, 89, 120)  # where two blocks of the first row do not fit the shared memory
 
 
-def configs_for(arch: int) -> tuple[tuple[int, ...], ...]:
-    """The rows of ``CONFIGS`` for a compute capability (80 means sm_80)."""
-    return tuple(row for row in CONFIGS if not (arch in _SMALL_SHARED and row == CONFIGS[0]))
+def configs_for(arch: int, among: tuple[tuple[int, ...], ...] = CONFIGS) -> tuple[tuple[int, ...], ...]:
+    """The rows ``among`` these for a compute capability (80 means sm_80)."""
+    return tuple(row for row in among if not (arch in _SMALL_SHARED and row == CONFIGS[0]))
 
 
 def default_config(arch: int, n_queries: int) -> tuple[int, ...]:
@@ -106,7 +120,14 @@ def default_config(arch: int, n_queries: int) -> tuple[int, ...]:
 
 def shape_key(n_queries: int, n_bytes: int) -> str:
     """Key of a shape among the tuned results; the number of queries is rounded up to a power of two."""
-    return f"q{1 << max(n_queries - 1, 0).bit_length()}_b{n_bytes}"
+    return f"q{bucket(n_queries)}_b{n_bytes}"
+
+
+@lru_cache(maxsize=4096)
+def _rows_and_key(arch: int, n_queries: int, n_bytes: int) -> tuple[tuple[tuple[int, ...], ...], str]:
+    """What a launch looks up: rows that may run, the default first, and the key."""
+    rows = (default_config(arch, n_queries), *configs_for(arch, CONFIGS + MORE_CONFIGS))
+    return rows, shape_key(n_queries, n_bytes)
 
 
 def cost(n_queries: int, n_rows: int, n_bytes: int, k: int | None = None) -> tuple[int, int]:
@@ -285,8 +306,8 @@ _CHUNK = 32  # rows that are appended together; divides BLOCK_R
 def _fields(config: tuple[int, ...] | None, device: torch.device, n_queries: int, n_bytes: int) -> dict[str, int]:
     if config is None:
         arch = arch_of(device)
-        rows = (default_config(arch, n_queries), *configs_for(arch))
-        config = lookup("hamming_planes", arch, shape_key(n_queries, n_bytes), rows)
+        rows, key = _rows_and_key(arch, n_queries, n_bytes)
+        config = lookup("hamming_planes", arch, key, rows, device=device)
     return dict(zip(CONFIG_FIELDS, config, strict=True))
 
 
@@ -391,3 +412,42 @@ def specimen(config: tuple[int, ...], kind: str, *, inline_asm: bool = True) -> 
         options={name: fields[name] for name in ("num_warps", "num_stages", "maxnreg")},
         unaligned=tuple(size for size in sizes if size not in ("rows_apart", "capacity")),
     )
+
+
+# --- tuning ------------------------------------------------------------------------------------------------
+
+
+def _works(arch: int, n_sms: int, sizes: Sizes, config: tuple[int, ...]) -> list[Work]:
+    n_queries, n_rows, n_bytes, k = (sizes[name] for name in ("n_queries", "n_rows", "n_bytes", "k"))
+    fields = dict(zip(CONFIG_FIELDS, config, strict=True))
+    n_blocks, parts, tiles_a_part = blocks_and_parts(n_queries, n_rows, k, fields, None, n_sms)
+    operations, moved = cost(n_queries, n_rows, n_bytes, k)
+    return [
+        Work(
+            specimen(config, "topk"),
+            blocks=n_blocks * parts,
+            iterations=tiles_a_part * -(-n_bytes // GROUP_BYTES),
+            macs=fields["BLOCK_Q"] * fields["BLOCK_R"] * GROUP_BYTES * PLANES,
+            operations=operations,
+            n_bytes=moved,
+            dtype="int8",
+            resident=fields["blocks_per_sm"],
+        )
+    ]
+
+
+def tunables() -> list[Tunable]:
+    """A search. A problem: ``n_queries, n_rows, n_bytes, k``."""
+    return [
+        Tunable(
+            name="hamming_planes",
+            module="hamming_planes",
+            on="cuda",
+            fields=CONFIG_FIELDS,
+            key=lambda sizes: shape_key(sizes["n_queries"], sizes["n_bytes"]),
+            space=lambda arch, sizes: configs_for(arch, CONFIGS + MORE_CONFIGS),
+            default=lambda arch, n_sms, sizes: default_config(arch, sizes["n_queries"]),
+            works=_works,
+            trial=lambda sizes, device: search_trial(launch_topk, sizes, device),
+        )
+    ]

@@ -50,7 +50,7 @@ Errors
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ from tetra.kernels.backend import HAS_TRITON, arch_of, on_device_of, tl, triton
 from tetra.kernels.sign_similarity import _popcount
 from tetra.kernels.specimen import Specimen
 from tetra.kernels.ternary_matmul import _n_sms
+from tetra.kernels.tunable import Sizes, Trial, Tunable, Work, bucket, seeded
 
 MAX_K = 1024
 MAX_ROWS = 2**31 - 1024  # of a launch: every row of its last tile is an int32
@@ -105,6 +106,16 @@ CONFIGS = (
     (2, 512, 4, 5),
     (1, 512, 4, 5),
 )
+# More rows for the tuners.
+MORE_CONFIGS = (
+    (16, 256, 8, 2),
+    (8, 128, 4, 5),
+    (8, 256, 8, 2),
+    (4, 128, 4, 5),
+    (4, 512, 8, 2),
+    (2, 256, 4, 5),
+    (1, 256, 4, 5),
+)
 
 
 def default_config(n_queries: int) -> tuple[int, ...]:
@@ -114,7 +125,13 @@ def default_config(n_queries: int) -> tuple[int, ...]:
 
 def shape_key(n_queries: int, n_bytes: int) -> str:
     """Key of a shape among the tuned results; the number of queries is rounded up to a power of two."""
-    return f"q{1 << max(n_queries - 1, 0).bit_length()}_b{n_bytes}"
+    return f"q{bucket(n_queries)}_b{n_bytes}"
+
+
+@lru_cache(maxsize=4096)
+def _rows_and_key(n_queries: int, n_bytes: int) -> tuple[tuple[tuple[int, ...], ...], str]:
+    """What a launch looks up: rows that may run, the default first, and the key."""
+    return (default_config(n_queries), *CONFIGS, *MORE_CONFIGS), shape_key(n_queries, n_bytes)
 
 
 def cost(n_queries: int, n_rows: int, n_bytes: int, k: int | None = None) -> tuple[int, int]:
@@ -266,6 +283,18 @@ def rows_that_count(allowed_ptr, first_row, R, BLOCK_R: tl.constexpr):
     return counts
 
 
+def blocks_and_parts(
+    n_queries: int, n_rows: int, k: int, fields: dict[str, int], parts: int | None, n_sms: int
+) -> tuple[int, int, int]:
+    """Blocks of queries, parts of the rows (the best number, unless given), and tiles of a part."""
+    block_r = fields["BLOCK_R"]
+    n_blocks, n_tiles = -(-n_queries // fields["BLOCK_Q"]), -(-n_rows // block_r)
+    n_resident = n_sms * fields["blocks_per_sm"]
+    parts = parts or parts_of_rows(n_blocks, n_tiles, n_resident, 2 + 2 * k // block_r)
+    tiles_a_part = -(-n_tiles // parts)
+    return n_blocks, -(-n_tiles // tiles_a_part), tiles_a_part
+
+
 def nearest_keys(
     launch: Callable[..., None],
     n_queries: int,
@@ -283,11 +312,7 @@ def nearest_keys(
         parts: of the rows; the best number, unless given.
     """
     block_q, block_r = fields["BLOCK_Q"], fields["BLOCK_R"]
-    n_blocks, n_tiles = -(-n_queries // block_q), -(-n_rows // block_r)
-    n_resident = _n_sms(device) * fields["blocks_per_sm"]
-    parts = parts or parts_of_rows(n_blocks, n_tiles, n_resident, 2 + 2 * k // block_r)
-    tiles_a_part = -(-n_tiles // parts)
-    parts = -(-n_tiles // tiles_a_part)
+    n_blocks, parts, tiles_a_part = blocks_and_parts(n_queries, n_rows, k, fields, parts, _n_sms(device))
     n_lists = parts * n_blocks * block_q
     capacity = -(-(2 * k + block_r + 128) // 16) * 16
     keys = torch.empty((n_lists, capacity), dtype=torch.int64, device=device)
@@ -490,8 +515,8 @@ def _chunk(block_q: int, block_r: int) -> int:
 
 def _fields(config: tuple[int, ...] | None, device: torch.device, n_queries: int, n_bytes: int) -> dict[str, int]:
     if config is None:
-        rows = (default_config(n_queries), *CONFIGS)
-        config = lookup("hamming_popcount", arch_of(device), shape_key(n_queries, n_bytes), rows)
+        rows, key = _rows_and_key(n_queries, n_bytes)
+        config = lookup("hamming_popcount", arch_of(device), key, rows, device=device)
     return dict(zip(CONFIG_FIELDS, config, strict=True))
 
 
@@ -621,3 +646,76 @@ def _specimen(config: tuple[int, ...], kind: str) -> Specimen:
         options=options,
         unaligned=tuple(size for size in sizes if size not in ("rows_apart", "capacity")),
     )
+
+
+# --- tuning ------------------------------------------------------------------------------------------------
+
+_SHAPE = ("n_queries", "n_rows", "n_bytes", "k")
+
+
+def _works(arch: int, n_sms: int, sizes: Sizes, config: tuple[int, ...]) -> list[Work]:
+    n_queries, n_rows, n_bytes, k = (sizes[name] for name in _SHAPE)
+    fields = dict(zip(CONFIG_FIELDS, config, strict=True))
+    n_blocks, parts, tiles_a_part = blocks_and_parts(n_queries, n_rows, k, fields, None, n_sms)
+    operations, moved = cost(n_queries, n_rows, n_bytes, k)
+    return [
+        Work(
+            _specimen(config, "topk"),
+            blocks=n_blocks * parts,
+            iterations=tiles_a_part * -(-n_bytes // COLUMN_BYTES),
+            macs=0,
+            operations=operations,
+            n_bytes=moved,
+            dtype="fp32",
+            resident=fields["blocks_per_sm"],
+        )
+    ]
+
+
+def search_trial(launch: Callable[..., Tensor], sizes: Sizes, device: torch.device) -> Trial:
+    """Of a ``launch_topk``, on random codes; for both kernels."""
+    n_queries, n_rows, n_bytes, k = (sizes[name] for name in _SHAPE)
+    random = seeded(device)
+    codes, queries = (
+        torch.randint(0, 256, (n, n_bytes), generator=random, device=device, dtype=torch.uint8)
+        for n in (n_rows, n_queries)
+    )
+    words = word_major(codes)
+
+    def expected() -> tuple[Tensor, ...]:
+        bits = _bits(queries)
+        best = codes.new_empty((n_queries, 0), dtype=torch.int64)
+        for start in range(0, n_rows, _ROWS_AT_A_TIME):
+            part = _bits(codes[start : start + _ROWS_AT_A_TIME])
+            # |a - b|^2 of zeros and ones; whole numbers, which float32 holds exactly.
+            distances = bits.sum(1)[:, None] + part.sum(1) - 2 * (bits @ part.T)
+            rows = torch.arange(start, start + len(part), device=device)
+            both = torch.cat([best, (distances.to(torch.int64) << 32) | rows], 1)
+            best = torch.topk(both, min(k, both.shape[1]), dim=1, largest=False).values
+        return (F.pad(best, (0, k - best.shape[1]), value=NO_KEY),)
+
+    return Trial(lambda config: (launch(queries, words, n_rows, k, config=config),), expected)
+
+
+_ROWS_AT_A_TIME = 4096  # of the reference
+
+
+def _bits(codes: Tensor) -> Tensor:
+    return ((codes[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=codes.device)) & 1).flatten(1).float()
+
+
+def tunables() -> list[Tunable]:
+    """A search. A problem: ``n_queries, n_rows, n_bytes, k``."""
+    return [
+        Tunable(
+            name="hamming_popcount",
+            module="hamming_popcount",
+            on="cuda",
+            fields=CONFIG_FIELDS,
+            key=lambda sizes: shape_key(sizes["n_queries"], sizes["n_bytes"]),
+            space=lambda arch, sizes: CONFIGS + MORE_CONFIGS,
+            default=lambda arch, n_sms, sizes: default_config(sizes["n_queries"]),
+            works=_works,
+            trial=lambda sizes, device: search_trial(launch_topk, sizes, device),
+        )
+    ]

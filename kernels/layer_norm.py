@@ -16,6 +16,7 @@ Errors
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import overload
 
 import torch
@@ -27,19 +28,34 @@ from tetra.kernels.backend import backend_for, on_device_of, tl, triton
 from tetra.kernels.interpreted import cast
 from tetra.kernels.row_quantize import check_norm_arguments
 from tetra.kernels.rows import (
+    ROW_FIELDS,
     TRITON_DTYPES,
     along_rows,
     fits_registers,
     load_row,
     norm_signature,
     normalize_row,
-    row_config,
+    row_configs,
+    row_options,
     store_part,
+    tuned_row,
     wide_affine,
     wide_part,
     wide_statistics,
 )
 from tetra.kernels.specimen import Specimen
+from tetra.kernels.tunable import (
+    DTYPES,
+    TOLERANCES,
+    TRITON_NAMES,
+    Config,
+    Sizes,
+    Trial,
+    Tunable,
+    Work,
+    dtype_name,
+    seeded,
+)
 
 # --- reference ---------------------------------------------------------------------------------------------
 
@@ -125,8 +141,14 @@ def _wide_layer_norm_kernel(
         tl.store(out_ptr + row * K + columns, cast(part, out_ptr.dtype.element_ty), mask=columns < K)
 
 
+@lru_cache(maxsize=4096)
+def shape_key(k: int, dtype: torch.dtype, residual: bool) -> str:
+    """Key of rows of ``k`` values among the tuned results."""
+    return f"k{k}_{dtype_name(dtype)}" + "_residual" * residual
+
+
 def _launch_layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, config: Config | None = None
 ) -> tuple[Tensor, Tensor | None]:
     m, k = x.shape
     x = along_rows(x)
@@ -134,8 +156,9 @@ def _launch_layer_norm(
     out = torch.empty((m, k), dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(out)
     if m:
-        config = row_config(k, x.dtype)
-        kernel = _layer_norm_kernel if fits_registers(k, config) else _wide_layer_norm_kernel
+        key = shape_key(k, x.dtype, residual is not None)
+        options = tuned_row("layer_norm", key, row_configs(k, x.dtype), x.device, config)
+        kernel = _layer_norm_kernel if fits_registers(k, options) else _wide_layer_norm_kernel
         with on_device_of(x):
             kernel[(m,)](
                 x,
@@ -148,7 +171,7 @@ def _launch_layer_norm(
                 0 if residual is None else residual.stride(0),
                 eps,
                 K=k,
-                **config,
+                **options,
             )
     return out, total
 
@@ -162,8 +185,8 @@ def specimens(arch: int) -> list[Specimen]:
     ]
 
 
-def _specimen(k: int, dtype: str, residual: bool) -> Specimen:
-    config = row_config(k, TRITON_DTYPES[dtype])
+def _specimen(k: int, dtype: str, residual: bool, row: Config | None = None) -> Specimen:
+    config = row_options(row or row_configs(k, TRITON_DTYPES[dtype])[0])
     wide = not fits_registers(k, config)
     signature, constants = norm_signature(dtype, True, residual, {"out_ptr": f"*{dtype}"})
     constants["CHUNK"] = config.pop("CHUNK")
@@ -180,6 +203,50 @@ def _specimen(k: int, dtype: str, residual: bool) -> Specimen:
         options=dict(config),
         unaligned=("eps",),
     )
+
+
+# --- tuning ------------------------------------------------------------------------------------------------
+
+
+def _works(arch: int, n_sms: int, sizes: Sizes, config: Config) -> list[Work]:
+    m, k, residual = sizes["m"], sizes["k"], sizes["residual"]
+    operations, n_bytes = cost(m, k, DTYPES[sizes["dtype"]].itemsize, residual=residual)
+    return [Work(_specimen(k, TRITON_NAMES[sizes["dtype"]], residual, config), m, 1, 0, operations, n_bytes, "fp32")]
+
+
+def _trial(sizes: Sizes, device: torch.device) -> Trial:
+    m, k, random, dtype = sizes["m"], sizes["k"], seeded(device), DTYPES[sizes["dtype"]]
+    x = torch.randn((m, k), generator=random, device=device).to(dtype)
+    residual = torch.randn((m, k), generator=random, device=device).to(dtype) if sizes["residual"] else None
+    weight, bias = torch.rand((2, k), generator=random, device=device) + 0.5
+
+    def run(config: Config) -> tuple[Tensor, ...]:
+        found = _launch_layer_norm(x, residual, weight, bias, 1e-5, config)
+        return tuple(part for part in found if part is not None)
+
+    def expected() -> tuple[Tensor, ...]:
+        if residual is None:
+            return (layer_norm_reference(x, weight, bias),)
+        return layer_norm_reference(x + residual, weight, bias), x + residual
+
+    return Trial(run, expected, rtol=TOLERANCES[sizes["dtype"]], atol=TOLERANCES[sizes["dtype"]])
+
+
+def tunables() -> list[Tunable]:
+    """The norm. A problem: ``m, k``, ``dtype`` and ``residual``; the key leaves ``m`` out."""
+    return [
+        Tunable(
+            name="layer_norm",
+            module="layer_norm",
+            on="cuda",
+            fields=ROW_FIELDS,
+            key=lambda sizes: shape_key(sizes["k"], DTYPES[sizes["dtype"]], sizes["residual"]),
+            space=lambda arch, sizes: row_configs(sizes["k"], DTYPES[sizes["dtype"]]),
+            default=lambda arch, n_sms, sizes: row_configs(sizes["k"], DTYPES[sizes["dtype"]])[0],
+            works=_works,
+            trial=_trial,
+        )
+    ]
 
 
 # --- torch operators ---------------------------------------------------------------------------------------

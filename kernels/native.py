@@ -8,6 +8,9 @@ The functions here have the semantics of the public operations of the same names
 nothing: callers ask ``supports`` first. They run on the threads that PyTorch uses (its OpenMP pool and
 ``torch.get_num_threads()``), release the GIL, and may be called from several Python threads at once.
 
+How work is cut into blocks, and how much work is worth another thread, are rows of the tables below: looked up in
+``tetra.autotune.table`` at every call, the first row where nothing was measured. Results are the same with every row.
+
 Environment
     CXX                  compiler; otherwise the first of c++, g++, clang++ in PATH
     TETRA_NATIVE_CACHE   folder for the compiled library; otherwise ~/.cache/tetra (or XDG's)
@@ -36,6 +39,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tetra.autotune import table
+from tetra.kernels.tunable import Config, bucket, dtype_name
 
 COMPILER_VARIABLE = "CXX"
 CACHE_VARIABLE = "TETRA_NATIVE_CACHE"
@@ -223,7 +229,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         _POINTER,
         _INT,
     ]
-    library.tetra_rows.argtypes = [*rows, _FLOAT, _POINTER, _POINTER, _POINTER, _LONG]
+    library.tetra_rows.argtypes = [*rows, _FLOAT, _POINTER, _POINTER, _POINTER, _LONG, _LONG]
     product: list[Any] = [
         _POINTER,
         _LONG,
@@ -238,7 +244,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         _POINTER,
         _INT,
     ]
-    library.tetra_ternary_linear.argtypes = [*product, _LONG, _INT, _LONG, _FLOAT, _POINTER, _INT, _LONG]
+    library.tetra_ternary_linear.argtypes = [*product, _LONG, _INT, _LONG, _FLOAT, _POINTER, _INT, _LONG, _LONG]
     library.tetra_pack_ternary.argtypes = [_POINTER, _LONG, _LONG, _FLOAT, _POINTER, _LONG]
     library.tetra_attention.argtypes = [_POINTER, _INT, *[_LONG] * 6, _FLOAT, _POINTER, _LONG]
     library.tetra_attention_backward.argtypes = [
@@ -257,9 +263,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.tetra_blend_rows_backward.argtypes = [*activation, *gradients, _FLOAT, _POINTER, _LONG]
     library.tetra_blend_weight.argtypes = [_POINTER, _INT, _LONG, _FLOAT, _POINTER, _INT, _LONG]
     codes: list[Any] = [_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _LONG]
-    library.tetra_hamming_nearest.argtypes = [*codes, _POINTER, _LONG, _POINTER, _POINTER, _LONG]
-    library.tetra_hamming_within.argtypes = [*codes, _POINTER, _INT, *[_POINTER] * 4, _LONG]
-    library.tetra_hamming_all.argtypes = [*codes, _POINTER, _LONG]
+    library.tetra_hamming_nearest.argtypes = [*codes, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG]
+    library.tetra_hamming_within.argtypes = [*codes, _POINTER, _INT, *[_POINTER] * 4, _LONG, _LONG]
+    library.tetra_hamming_all.argtypes = [*codes, _POINTER, _LONG, _LONG]
     for name in (
         "tetra_rows",
         "tetra_ternary_linear",
@@ -360,6 +366,7 @@ def reset() -> None:
         _library.cache_clear()
         _has_float16.cache_clear()
         _slower.clear()
+    table.reset()
 
 
 @contextmanager
@@ -370,6 +377,42 @@ def switched_off() -> Iterator[None]:
         yield
     finally:
         _off.reset(token)
+
+
+# --- what can be tuned -------------------------------------------------------------------------------------
+
+# A thread is worth starting for so many values, or bytes compared: fewer are done before it has woken up. The largest
+# number means one thread.
+_NEVER = 1 << 62
+ROW_FIELDS = ("VALUES_A_THREAD", "ROWS_A_TASK")
+ROW_CONFIGS: tuple[Config, ...] = (
+    (1 << 14, 8),
+    *((1 << 14, rows) for rows in (1, 2, 4, 16, 32, 64, 128)),
+    *((values, rows) for values in (1 << 12, 1 << 16, 1 << 18, _NEVER) for rows in (1, 2, 4, 8, 16, 32, 64, 128)),
+)
+HAMMING_FIELDS = ("BYTES_A_BLOCK", "BYTES_A_THREAD")
+HAMMING_CONFIGS: tuple[Config, ...] = (
+    (1 << 18, 1 << 20),
+    *((block, 1 << 20) for block in (1 << 14, 1 << 15, 1 << 16, 1 << 17, 1 << 19, 1 << 20, 1 << 21)),
+    *((1 << block, n_bytes) for n_bytes in (1 << 16, 1 << 18, 1 << 22, 1 << 24, _NEVER) for block in range(14, 22)),
+)
+TERNARY_FIELDS = ("BYTES_A_BLOCK",)
+TERNARY_CONFIGS: tuple[Config, ...] = ((192 << 10,), *((kib << 10,) for kib in (32, 64, 96, 128, 256, 384, 512, 768)))
+
+
+def rows_key(operation: str, m: int, k: int, dtype: torch.dtype, threads: int) -> str:
+    """Names a problem of the row kernels: ``quantize_rows``, ``norm_quantize`` or ``layer_norm`` of [m, k]."""
+    return f"{operation}_m{bucket(m)}_k{k}_{dtype_name(dtype)}_t{threads}"
+
+
+def hamming_key(n_queries: int, n_rows: int, n_bytes: int, threads: int) -> str:
+    """Names a search of queries among rows of n_bytes."""
+    return f"q{bucket(n_queries)}_r{bucket(n_rows)}_b{n_bytes}_t{threads}"
+
+
+def ternary_key(m: int, n: int, k: int, threads: int) -> str:
+    """Names a product of [m, k] with a packed weight [n, k]."""
+    return f"m{bucket(m)}_n{n}_k{k}_t{threads}"
 
 
 # --- operations --------------------------------------------------------------------------------------------
@@ -424,16 +467,22 @@ def _run_rows(
     out: Tensor | None,
     codes: Tensor | None,
     scale: Tensor | None,
+    operation: str,
+    config: Config | None,
 ) -> None:
     library = _loaded()
     assert library is not None  # callers have asked
     rows, added = _rows_of(x), None if residual is None else _rows_of(residual)
     weight, bias = _parameter(weight), _parameter(bias)
+    threads, (m, k) = torch.get_num_threads(), rows.shape
+    if config is None:
+        config = table.lookup("native_rows", 0, rows_key(operation, m, k, rows.dtype, threads), ROW_CONFIGS)
+    values_a_thread, rows_a_task = config
     library.tetra_rows(
         rows.data_ptr(),
         _FORMATS[rows.dtype],
-        rows.shape[0],
-        rows.shape[1],
+        m,
+        k,
         rows.stride(0),
         _pointer(added),
         0 if added is None else added.stride(0),
@@ -447,7 +496,8 @@ def _run_rows(
         _pointer(out),
         _pointer(codes),
         _pointer(scale),
-        torch.get_num_threads(),
+        rows_a_task,
+        min(threads, m * k // values_a_thread + 1),
     )
 
 
@@ -455,30 +505,43 @@ def _codes_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[:-1], dtype=torch.float32)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, *, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """int8 codes [..., K] and float32 scales [...] of ``x`` [..., K]; see ``tetra.kernels.row_quantize``."""
     codes, scale = _codes_and_scale(x)
-    _run_rows(x, None, None, 0.0, False, None, None, None, codes, scale)
+    _run_rows(x, None, None, 0.0, False, None, None, None, codes, scale, "quantize_rows", config)
     return codes, scale
 
 
 def norm_quantize(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, gelu: bool = False, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    *,
+    config: Config | None = None,
 ) -> tuple[Tensor, ...]:
     """(codes, scale) of LayerNorm(gelu(x + residual)), and with ``residual`` the sum too."""
     codes, scale = _codes_and_scale(x)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
-    _run_rows(x, weight, bias, eps, gelu, residual, total, None, codes, scale)
+    _run_rows(x, weight, bias, eps, gelu, residual, total, None, codes, scale, "norm_quantize", config)
     return (codes, scale) if total is None else (codes, scale, total)
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    *,
+    config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm(x + residual) [..., K] in x.dtype, and with ``residual`` the sum too."""
     out = torch.empty(x.shape, dtype=x.dtype)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
-    _run_rows(x, weight, bias, eps, False, residual, total, out, None, None)
+    _run_rows(x, weight, bias, eps, False, residual, total, out, None, None, "layer_norm", config)
     return out if total is None else (out, total)
 
 
@@ -493,10 +556,11 @@ def _run_product(
     residual: Tensor | None = None,
     scaled_columns: int = 0,
     column_scale: float = 1.0,
+    config: Config | None = None,
 ) -> Tensor:
     library = _loaded()
     assert library is not None  # callers have asked
-    n = packed.shape[0]
+    n, threads = packed.shape[0], torch.get_num_threads()
     out = torch.empty((*x_q.shape[:-1], n), dtype=out_dtype)
     rows = _rows_of(x_q)
     if rows.shape[1] % 4:  # the products take four values at a time
@@ -505,6 +569,10 @@ def _run_product(
     scale = None if scale is None else scale.contiguous()
     if residual is not None:
         residual = _rows_of(_readable(residual))
+    if config is None:
+        config = table.lookup(
+            "native_ternary", 0, ternary_key(rows.shape[0], n, rows.shape[1], threads), TERNARY_CONFIGS
+        )
     library.tetra_ternary_linear(
         rows.data_ptr(),
         rows.shape[0],
@@ -524,14 +592,15 @@ def _run_product(
         column_scale,
         out.data_ptr(),
         _FORMATS[out_dtype],
-        torch.get_num_threads(),
+        *config,
+        threads,
     )
     return out
 
 
-def ternary_matmul_int32(x_q: Tensor, packed: Tensor) -> Tensor:
+def ternary_matmul_int32(x_q: Tensor, packed: Tensor, *, config: Config | None = None) -> Tensor:
     """int8 [..., K] times the packed weight, transposed: int32 [..., N], exact."""
-    return _run_product(x_q, packed, torch.int32)
+    return _run_product(x_q, packed, torch.int32, config=config)
 
 
 def ternary_linear(
@@ -739,9 +808,6 @@ def blend_weight(weight: Tensor, lam: float, out_dtype: torch.dtype) -> Tensor:
     return out.to(out_dtype)
 
 
-_HAMMING_BYTES_A_THREAD = 1 << 20  # compared; less is done before a second thread has started
-
-
 def _codes(queries: Tensor, database: Tensor) -> list[object]:
     """The arguments that all searches share. Callers keep the tensors; rows may be any number of bytes apart."""
     queries, database = (codes if codes.stride(1) == 1 else codes.contiguous() for codes in (queries, database))
@@ -753,14 +819,30 @@ def _addresses(arguments: list[object]) -> Iterator[object]:
         yield argument.data_ptr() if isinstance(argument, Tensor) else argument
 
 
+def _hamming_plan(
+    queries: Tensor, database: Tensor, threads: int | None, config: Config | None = None
+) -> tuple[int, int]:
+    """Bytes of a block, and threads: as many as are asked for, or of PyTorch's those that are worth it."""
+    n_queries, (n_rows, n_bytes), most = len(queries), database.shape, threads or torch.get_num_threads()
+    if config is None:
+        config = table.lookup("native_hamming", 0, hamming_key(n_queries, n_rows, n_bytes, most), HAMMING_CONFIGS)
+    block_bytes, bytes_a_thread = config
+    return block_bytes, threads or min(most, n_queries * n_rows * n_bytes // bytes_a_thread + 1)
+
+
 def hamming_threads(queries: Tensor, database: Tensor, threads: int | None) -> int:
-    """As many as are asked for, or as PyTorch uses, but one where that many would cost more than they do."""
-    useful = len(queries) * database.shape[0] * database.shape[1] // _HAMMING_BYTES_A_THREAD + 1
-    return threads or min(torch.get_num_threads(), useful)
+    """As many as are asked for, or as PyTorch uses, but fewer where that many would cost more than they do."""
+    return _hamming_plan(queries, database, threads)[1]
 
 
 def hamming_search(
-    queries: Tensor, database: Tensor, k: int, allowed: Tensor | None, threads: int | None
+    queries: Tensor,
+    database: Tensor,
+    k: int,
+    allowed: Tensor | None,
+    threads: int | None,
+    *,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest allowed rows of ``database`` (uint8 [R, B]); see ``tetra.kernels.hamming_search``.
 
@@ -771,33 +853,42 @@ def hamming_search(
     distances = torch.empty((len(queries), k), dtype=torch.int32)
     rows = torch.empty((len(queries), k), dtype=torch.int64)
     arguments = [*_codes(queries, database), None if allowed is None else allowed.contiguous(), k, distances, rows]
-    library.tetra_hamming_nearest(*_addresses(arguments), hamming_threads(queries, database, threads))
+    library.tetra_hamming_nearest(*_addresses(arguments), *_hamming_plan(queries, database, threads, config))
     return distances, rows
 
 
 def hamming_range_search(
-    queries: Tensor, database: Tensor, radius: int, allowed: Tensor | None, threads: int | None
+    queries: Tensor,
+    database: Tensor,
+    radius: int,
+    allowed: Tensor | None,
+    threads: int | None,
+    *,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Allowed rows within ``radius``: offsets int64 [Q + 1], distances int32 [N], rows int64 [N]."""
     library = _loaded()
     assert library is not None  # callers have asked
     arguments = [*_codes(queries, database), None if allowed is None else allowed.contiguous(), radius]
-    n_threads = hamming_threads(queries, database, threads)
+    plan = _hamming_plan(queries, database, threads, config)
     offsets = torch.zeros(len(queries) + 1, dtype=torch.int64)
-    library.tetra_hamming_within(*_addresses([*arguments, offsets[1:], None, None, None]), n_threads)
+    library.tetra_hamming_within(*_addresses([*arguments, offsets[1:], None, None, None]), *plan)
     offsets = offsets.cumsum(0)
     n = int(offsets[-1])
     distances, rows = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int64)
     if n:
-        library.tetra_hamming_within(*_addresses([*arguments, None, offsets, distances, rows]), n_threads)
+        library.tetra_hamming_within(*_addresses([*arguments, None, offsets, distances, rows]), *plan)
     return offsets, distances, rows
 
 
-def hamming_distances(queries: Tensor, database: Tensor, threads: int | None) -> Tensor:
+def hamming_distances(
+    queries: Tensor, database: Tensor, threads: int | None, *, config: Config | None = None
+) -> Tensor:
     """Every distance, int32 [Q, R]."""
     library = _loaded()
     assert library is not None  # callers have asked
     arguments = _codes(queries, database)
     out = torch.empty((len(queries), len(database)), dtype=torch.int32)
-    library.tetra_hamming_all(*_addresses(arguments), out.data_ptr(), hamming_threads(queries, database, threads))
+    plan = _hamming_plan(queries, database, threads, config)
+    library.tetra_hamming_all(*_addresses(arguments), out.data_ptr(), *plan)
     return out

@@ -18,14 +18,17 @@ Errors
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tetra.kernels.backend import backend_for, on_device_of, tl, triton
-from tetra.kernels.rows import normalize_row, row_config, store_part
+from tetra.kernels.rows import ROW_FIELDS, normalize_row, row_configs, row_options, store_part, tuned_row
 from tetra.kernels.specimen import Specimen
+from tetra.kernels.tunable import DTYPES as BY_NAME
+from tetra.kernels.tunable import TOLERANCES, TRITON_NAMES, Config, Sizes, Trial, Tunable, Work, dtype_name, seeded
 
 IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -61,9 +64,15 @@ def cost(b: int, height: int, width: int, image_bytes: int = 1, out_bytes: int =
     return 9 * values, values * (image_bytes + out_bytes)
 
 
-def _config(k: int) -> dict[str, int]:
+def _configs(k: int) -> tuple[Config, ...]:
     """As for rows of float32: four values a thread, not eight, because addresses of pixels take registers too."""
-    return row_config(k, torch.float32)
+    return row_configs(k, torch.float32)
+
+
+@lru_cache(maxsize=4096)
+def shape_key(patch_size: int, images: torch.dtype, out: torch.dtype) -> str:
+    """Key of patches among the tuned results."""
+    return f"p{patch_size}_{dtype_name(images)}_{dtype_name(out)}"
 
 
 @triton.jit
@@ -123,12 +132,15 @@ def _launch_patch_rows(
     mean: Sequence[float],
     std: Sequence[float],
     out_dtype: torch.dtype,
+    config: Config | None = None,
 ) -> Tensor:
     b, _, height, width = images.shape
     n_rows, n_columns, k = height // patch_size, width // patch_size, 3 * patch_size**2
     out = torch.empty((b, n_rows * n_columns, k), dtype=out_dtype, device=images.device)
     largest = 255.0 if images.dtype == torch.uint8 else 1.0
     if b:
+        key = shape_key(patch_size, images.dtype, out_dtype)
+        options = tuned_row("patches", key, _configs(k), images.device, config)
         with on_device_of(images):
             _patch_rows_kernel[(b * n_rows * n_columns,)](
                 images,
@@ -143,7 +155,7 @@ def _launch_patch_rows(
                 eps,
                 P=patch_size,
                 K=k,
-                **_config(k),
+                **options,
             )
     return out
 
@@ -153,9 +165,9 @@ def specimens(arch: int) -> list[Specimen]:
     return [_specimen(14, kind, out) for kind, out in (("u8", "fp16"), ("u8", "bf16"), ("fp32", "fp16"))]
 
 
-def _specimen(patch_size: int, kind: str, out: str) -> Specimen:
+def _specimen(patch_size: int, kind: str, out: str, row: Config | None = None) -> Specimen:
     k = 3 * patch_size**2
-    config = _config(k)
+    config = row_options(row or _configs(k)[0])
     signature = {"images_ptr": f"*{kind}", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": f"*{out}"}
     sizes = ("n_rows", "n_columns", "stride_b", "stride_c", "stride_h")
     floats = ("factor_0", "factor_1", "factor_2", "offset_0", "offset_1", "offset_2", "eps")
@@ -169,6 +181,48 @@ def _specimen(patch_size: int, kind: str, out: str) -> Specimen:
         options=dict(config),
         unaligned=(*sizes, *floats),
     )
+
+
+# --- tuning ------------------------------------------------------------------------------------------------
+
+
+def _works(arch: int, n_sms: int, sizes: Sizes, config: Config) -> list[Work]:
+    b, height, width, p = (sizes[name] for name in ("b", "height", "width", "patch_size"))
+    images, out = sizes["images"], sizes["out"]
+    operations, n_bytes = cost(b, height, width, BY_NAME[images].itemsize, BY_NAME[out].itemsize)
+    code = _specimen(p, TRITON_NAMES[images], TRITON_NAMES[out], config)
+    return [Work(code, b * (height // p) * (width // p), 1, 0, operations, n_bytes, "fp32")]
+
+
+def _trial(sizes: Sizes, device: torch.device) -> Trial:
+    p, random, dtype, out = sizes["patch_size"], seeded(device), BY_NAME[sizes["images"]], BY_NAME[sizes["out"]]
+    images = torch.rand((sizes["b"], 3, sizes["height"], sizes["width"]), generator=random, device=device)
+    images = (images * 255).to(dtype) if dtype == torch.uint8 else images.to(dtype)
+    weight, bias = torch.rand((2, 3 * p * p), generator=random, device=device) + 0.5
+    rest = (images, p, weight, bias, 1e-5, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    def run(config: Config) -> tuple[Tensor, ...]:
+        return (_launch_patch_rows(*rest, out, config),)
+
+    tolerance = TOLERANCES[sizes["out"]]
+    return Trial(run, lambda: (patch_rows_reference(*rest, torch.float32),), rtol=tolerance, atol=tolerance)
+
+
+def tunables() -> list[Tunable]:
+    """``patch_rows``. A problem: ``b, height, width, patch_size``, dtypes ``images`` and ``out``."""
+    return [
+        Tunable(
+            name="patches",
+            module="patches",
+            on="cuda",
+            fields=ROW_FIELDS,
+            key=lambda sizes: shape_key(sizes["patch_size"], BY_NAME[sizes["images"]], BY_NAME[sizes["out"]]),
+            space=lambda arch, sizes: _configs(3 * sizes["patch_size"] ** 2),
+            default=lambda arch, n_sms, sizes: _configs(3 * sizes["patch_size"] ** 2)[0],
+            works=_works,
+            trial=_trial,
+        )
+    ]
 
 
 # --- torch operator ----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ On CPUs the C++ kernel of ``tetra.kernels.blended_linear`` drops (it blends noth
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,8 +37,20 @@ from tetra.kernels.dropout import (
     hash_row,
     seed_of,
 )
-from tetra.kernels.rows import TRITON_DTYPES, load_part, row_config, store_part
+from tetra.kernels.rows import ROW_FIELDS, TRITON_DTYPES, load_part, row_configs, row_options, store_part, tuned_row
 from tetra.kernels.specimen import Specimen
+from tetra.kernels.tunable import (
+    DTYPES,
+    TOLERANCES,
+    TRITON_NAMES,
+    Config,
+    Sizes,
+    Trial,
+    Tunable,
+    Work,
+    dtype_name,
+    seeded,
+)
 
 # --- reference ---------------------------------------------------------------------------------------------
 
@@ -114,22 +127,40 @@ def _residual_dropout_kernel(
         store_part(out_ptr + row * K, columns, part, start + CHUNK, K)
 
 
-def _config(k: int, *dtypes: torch.dtype) -> dict[str, int]:
-    config = row_config(k, max(dtypes, key=lambda dtype: dtype.itemsize))
-    config.pop("maxnreg", None)  # a part at a time needs few registers
-    # No fused multiply-add, which would round once where the CPU rounds twice.
-    return config | {"enable_fp_fusion": False}
+def _configs(k: int, *dtypes: torch.dtype) -> tuple[Config, ...]:
+    # A part at a time needs few registers, so that there is nothing to limit.
+    return row_configs(k, max(dtypes, key=lambda dtype: dtype.itemsize), limited=False)
+
+
+# No fused multiply-add, which would round once where the CPU rounds twice.
+_OPTIONS = {"enable_fp_fusion": False}
+
+
+@lru_cache(maxsize=4096)
+def _rows_and_key(
+    k: int, residual: torch.dtype | None, y: torch.dtype, out: torch.dtype
+) -> tuple[tuple[Config, ...], str]:
+    """What a launch looks up: rows that may run, the default first, and the key."""
+    names = (dtype_name(y), dtype_name(out), *(() if residual is None else (f"{dtype_name(residual)}residual",)))
+    return _configs(k, y, out), "_".join((f"k{k}", *names))
 
 
 def _launch_residual_dropout(
-    residual: Tensor | None, y: Tensor, dropout: float, seed: Tensor, out_dtype: torch.dtype
+    residual: Tensor | None,
+    y: Tensor,
+    dropout: float,
+    seed: Tensor,
+    out_dtype: torch.dtype,
+    config: Config | None = None,
 ) -> Tensor:
     m, k = y.shape
     out = torch.empty_like(y, dtype=out_dtype)
     if out.numel():
+        rows, key = _rows_and_key(k, None if residual is None else residual.dtype, y.dtype, out_dtype)
+        options = tuned_row("residual_dropout", key, rows, y.device, config)
         with on_device_of(y):
             _residual_dropout_kernel[(m,)](
-                residual, y, seed, out, K=k, **dropout_constants(dropout), **_config(k, y.dtype, out_dtype)
+                residual, y, seed, out, K=k, **dropout_constants(dropout), **options, **_OPTIONS
             )
     return out
 
@@ -151,8 +182,10 @@ def specimens(arch: int) -> list[Specimen]:
     ]
 
 
-def _specimen(k: int, residual: str | None, y: str, out: str, dropout: float = 0.1) -> Specimen:
-    config: dict[str, Any] = _config(k, TRITON_DTYPES[y], TRITON_DTYPES[out])
+def _specimen(
+    k: int, residual: str | None, y: str, out: str, dropout: float = 0.1, row: Config | None = None
+) -> Specimen:
+    config: dict[str, Any] = row_options(row or _configs(k, TRITON_DTYPES[y], TRITON_DTYPES[out])[0]) | _OPTIONS
     shown = {"K": k, "residual": residual is not None, "y": y, "out": out, "num_warps": config["num_warps"]}
     signature = {"y_ptr": f"*{y}", "seed_ptr": "*i64", "out_ptr": f"*{out}"}
     constants = {"K": k, "CHUNK": config.pop("CHUNK"), **dropout_constants(dropout)}
@@ -161,6 +194,59 @@ def _specimen(k: int, residual: str | None, y: str, out: str, dropout: float = 0
     else:
         signature["residual_ptr"] = f"*{residual}"
     return Specimen("residual_dropout", shown, _residual_dropout_kernel, signature, constants, config)
+
+
+# --- tuning ------------------------------------------------------------------------------------------------
+
+
+def _sizes_dtypes(sizes: Sizes) -> tuple[torch.dtype | None, torch.dtype, torch.dtype]:
+    residual = sizes["residual"]
+    return None if residual is None else DTYPES[residual], DTYPES[sizes["y"]], DTYPES[sizes["out"]]
+
+
+def _works(arch: int, n_sms: int, sizes: Sizes, config: Config) -> list[Work]:
+    m, k, residual = sizes["m"], sizes["k"], sizes["residual"]
+    y, out = sizes["y"], sizes["out"]
+    operations, n_bytes = cost(m, k, DTYPES[y].itemsize, DTYPES[out].itemsize, residual=residual is not None)
+    name = None if residual is None else TRITON_NAMES[residual]
+    code = _specimen(k, name, TRITON_NAMES[y], TRITON_NAMES[out], row=config)
+    return [Work(code, m, 1, 0, operations, n_bytes, "fp32")]
+
+
+def _trial(sizes: Sizes, device: torch.device) -> Trial:
+    random, (residual_dtype, y_dtype, out_dtype) = seeded(device), _sizes_dtypes(sizes)
+    shape = sizes["m"], sizes["k"]
+    y = torch.randn(shape, generator=random, device=device).to(y_dtype)
+    residual = None
+    if residual_dtype is not None:
+        residual = torch.randn(shape, generator=random, device=device).to(residual_dtype)
+    seed = torch.tensor(1, device=device)
+
+    def run(config: Config) -> tuple[Tensor, ...]:
+        return (_launch_residual_dropout(residual, y, 0.1, seed, out_dtype, config),)
+
+    def expected() -> tuple[Tensor, ...]:
+        wide = None if residual is None else residual.to(torch.float64)
+        return (residual_dropout_reference(wide, y.to(torch.float64), 0.1, 1),)
+
+    return Trial(run, expected, rtol=TOLERANCES[sizes["out"]], atol=TOLERANCES[sizes["out"]])
+
+
+def tunables() -> list[Tunable]:
+    """The sum. A problem: ``m, k``, dtypes ``residual`` (or None), ``y`` and ``out``; the key leaves ``m`` out."""
+    return [
+        Tunable(
+            name="residual_dropout",
+            module="residual_dropout",
+            on="cuda",
+            fields=ROW_FIELDS,
+            key=lambda sizes: _rows_and_key(sizes["k"], *_sizes_dtypes(sizes))[1],
+            space=lambda arch, sizes: _rows_and_key(sizes["k"], *_sizes_dtypes(sizes))[0],
+            default=lambda arch, n_sms, sizes: _rows_and_key(sizes["k"], *_sizes_dtypes(sizes))[0][0],
+            works=_works,
+            trial=_trial,
+        )
+    ]
 
 
 # --- torch operators ---------------------------------------------------------------------------------------

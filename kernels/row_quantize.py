@@ -30,6 +30,7 @@ Source: TeTRA (arXiv 2503.02511), quantisation of activations; the same as BitNe
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, overload
 
 import torch
@@ -40,19 +41,23 @@ from tetra.kernels import native
 from tetra.kernels.backend import backend_for, on_device_of, tl, triton
 from tetra.kernels.interpreted import cast
 from tetra.kernels.rows import (
+    ROW_FIELDS,
     TRITON_DTYPES,
     along_rows,
     fits_registers,
     load_row,
     norm_signature,
     normalize_row,
-    row_config,
+    row_configs,
+    row_options,
     store_part,
+    tuned_row,
     wide_affine,
     wide_part,
     wide_statistics,
 )
 from tetra.kernels.specimen import Specimen
+from tetra.kernels.tunable import DTYPES, TRITON_NAMES, Config, Sizes, Trial, Tunable, Work, dtype_name, seeded
 
 LEVELS = 127.0
 SMALLEST_MAXIMUM = 1e-5
@@ -226,6 +231,12 @@ def _wide_row_quantize_kernel(
     tl.store(scale_ptr + row, tl.div_rn(maximum, 127.0))
 
 
+@lru_cache(maxsize=4096)
+def shape_key(k: int, dtype: torch.dtype, norm: bool, gelu: bool, residual: bool) -> str:
+    """Key of rows of ``k`` values, and of what comes before they are quantised, among the tuned results."""
+    return f"k{k}_{dtype_name(dtype)}" + "_norm" * norm + "_gelu" * gelu + "_residual" * residual
+
+
 def _launch_row_quantize(
     x: Tensor,
     residual: Tensor | None = None,
@@ -233,6 +244,7 @@ def _launch_row_quantize(
     bias: Tensor | None = None,
     eps: float = 0.0,
     gelu: bool = False,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     m, k = x.shape
     x = along_rows(x)
@@ -243,8 +255,9 @@ def _launch_row_quantize(
         residual = along_rows(residual)
         total = torch.empty((m, k), dtype=x.dtype, device=x.device)
     if m:
-        config = row_config(k, x.dtype)
-        kernel = _row_quantize_kernel if fits_registers(k, config) else _wide_row_quantize_kernel
+        key = shape_key(k, x.dtype, weight is not None, gelu, residual is not None)
+        options = tuned_row("row_quantize", key, row_configs(k, x.dtype), x.device, config)
+        kernel = _row_quantize_kernel if fits_registers(k, options) else _wide_row_quantize_kernel
         with on_device_of(x):
             kernel[(m,)](
                 x,
@@ -260,7 +273,7 @@ def _launch_row_quantize(
                 K=k,
                 GELU=gelu,
                 enable_fp_fusion=weight is not None,
-                **config,
+                **options,
             )
     return x_q, scale, total
 
@@ -278,8 +291,16 @@ def specimens(arch: int) -> list[Specimen]:
     return [*found, _specimen(1 << 16, "fp16", norm=True, gelu=True, residual=True)]
 
 
-def _specimen(k: int, dtype: str, *, norm: bool = False, gelu: bool = False, residual: bool = False) -> Specimen:
-    config = row_config(k, TRITON_DTYPES[dtype])
+def _specimen(
+    k: int,
+    dtype: str,
+    *,
+    norm: bool = False,
+    gelu: bool = False,
+    residual: bool = False,
+    row: Config | None = None,
+) -> Specimen:
+    config = row_options(row or row_configs(k, TRITON_DTYPES[dtype])[0])
     wide = not fits_registers(k, config)
     constants: dict[str, Any] = {"GELU": gelu, "CHUNK": config.pop("CHUNK")}
     signature, missing = norm_signature(dtype, norm, residual, {"x_q_ptr": "*i8", "scale_ptr": "*fp32"})
@@ -297,6 +318,55 @@ def _specimen(k: int, dtype: str, *, norm: bool = False, gelu: bool = False, res
         options={**config, "enable_fp_fusion": norm},
         unaligned=("eps",),
     )
+
+
+# --- tuning ------------------------------------------------------------------------------------------------
+
+
+def _works(arch: int, n_sms: int, sizes: Sizes, config: Config) -> list[Work]:
+    m, k = sizes["m"], sizes["k"]
+    flags = {name: sizes[name] for name in ("norm", "gelu", "residual")}
+    operations, n_bytes = cost(m, k, DTYPES[sizes["dtype"]].itemsize, **flags)
+    code = _specimen(k, TRITON_NAMES[sizes["dtype"]], **flags, row=config)
+    return [Work(code, m, 1, 0, operations, n_bytes, "fp32")]
+
+
+def _trial(sizes: Sizes, device: torch.device) -> Trial:
+    m, k, random, dtype = sizes["m"], sizes["k"], seeded(device), DTYPES[sizes["dtype"]]
+    x = torch.randn((m, k), generator=random, device=device).to(dtype)
+    residual = torch.randn((m, k), generator=random, device=device).to(dtype) if sizes["residual"] else None
+    weight, bias = torch.rand((2, k), generator=random, device=device) + 0.5 if sizes["norm"] else (None, None)
+
+    def run(config: Config) -> tuple[Tensor, ...]:
+        found = _launch_row_quantize(x, residual, weight, bias, 1e-5, sizes["gelu"], config)
+        return tuple(part for part in found if part is not None)
+
+    def expected() -> tuple[Tensor, ...]:
+        if weight is None or bias is None:
+            return quantize_rows_reference(x)
+        return norm_quantize_reference(x, weight, bias, 1e-5, sizes["gelu"], residual)
+
+    # With a norm a code may differ by one.
+    return Trial(run, expected, rtol=(0.0, 1e-4, 1e-2), atol=(float(sizes["norm"]), 0.0, 1e-2))
+
+
+def tunables() -> list[Tunable]:
+    """Both operations. A problem: ``m, k``, ``dtype``, and ``norm, gelu, residual``; the key leaves ``m`` out."""
+    return [
+        Tunable(
+            name="row_quantize",
+            module="row_quantize",
+            on="cuda",
+            fields=ROW_FIELDS,
+            key=lambda sizes: shape_key(
+                sizes["k"], DTYPES[sizes["dtype"]], sizes["norm"], sizes["gelu"], sizes["residual"]
+            ),
+            space=lambda arch, sizes: row_configs(sizes["k"], DTYPES[sizes["dtype"]]),
+            default=lambda arch, n_sms, sizes: row_configs(sizes["k"], DTYPES[sizes["dtype"]])[0],
+            works=_works,
+            trial=_trial,
+        )
+    ]
 
 
 # --- torch operator ----------------------------------------------------------------------------------------

@@ -10,14 +10,17 @@ compile. Rows that registers do not hold (beyond 32768 half-precision values) ar
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tetra.kernels.backend import tl, triton
+from tetra.autotune.table import lookup
+from tetra.kernels.backend import arch_of, tl, triton
 from tetra.kernels.gelu import gelu_in_registers
 from tetra.kernels.interpreted import cast
+from tetra.kernels.tunable import Config
 
 MAX_PARTS = 4  # of 16 bytes a thread; more would not fit into 64 registers
 MAX_WARPS = 32
@@ -41,6 +44,46 @@ def row_config(k: int, dtype: torch.dtype) -> dict[str, int]:
 def fits_registers(k: int, config: dict[str, Any]) -> bool:
     """Whether a row of ``k`` values is at most ``MAX_PARTS`` chunks; wider ones have to be read several times."""
     return k <= MAX_PARTS * config["CHUNK"]
+
+
+# --- tables ------------------------------------------------------------------------------------------------
+
+# What kernels over rows choose: values of a part, warps, and the most registers a thread; 0 for the compiler's choice.
+ROW_FIELDS = ("CHUNK", "num_warps", "maxnreg")
+
+
+def row_options(config: Config) -> dict[str, int]:
+    """A row of a table as the kernel's and the compiler's arguments."""
+    chunk, warps, registers = config
+    return {"CHUNK": chunk, "num_warps": warps} | ({"maxnreg": registers} if registers else {})
+
+
+@lru_cache(maxsize=4096)
+def row_configs(k: int, dtype: torch.dtype, limited: bool = True) -> tuple[Config, ...]:
+    """The table for rows of ``k`` values: what ``row_config`` says, then more threads, 8 bytes a thread, no limit.
+
+    Args:
+        limited: whether the first may have a limit of registers.
+    """
+    first = row_config(k, dtype)
+    registers = first.get("maxnreg", 0) if limited else 0
+    rows = [(first["CHUNK"], first["num_warps"], registers)]
+    if fits_registers(k, first):
+        per_warp = 32 * 16 // max(dtype.itemsize, 2)
+        for warps in (1, 2, 4, 8, 16, MAX_WARPS):
+            for chunk in (per_warp * warps, per_warp * warps // 2):
+                if fits_registers(k, {"CHUNK": chunk}) and chunk < 2 * k:  # at least half of a part is there
+                    rows.append((chunk, warps, 0))
+    return tuple(dict.fromkeys(rows))
+
+
+def tuned_row(
+    kernel: str, key: str, rows: tuple[Config, ...], device: torch.device, config: Config | None
+) -> dict[str, int]:
+    """Arguments of a launch: those of ``config``, or of the row that is known to be the best."""
+    if config is None:
+        config = lookup(kernel, arch_of(device), key, rows, device=device)
+    return row_options(config)
 
 
 def along_rows(x: Tensor) -> Tensor:

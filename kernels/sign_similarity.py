@@ -38,6 +38,7 @@ Source of the straight-through sign: Courbariaux et al., arXiv 1602.02830, eq. 4
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ from tetra.kernels.bits import pack_bits, pack_bits_checked, unpack_bits
 from tetra.kernels.interpreted import cast, product
 from tetra.kernels.rows import TRITON_DTYPES
 from tetra.kernels.specimen import Specimen
+from tetra.kernels.tunable import DTYPES as BY_NAME
+from tetra.kernels.tunable import TOLERANCES, TRITON_NAMES, Sizes, Trial, Tunable, Work, bucket, dtype_name, seeded
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_D = 2**24  # the largest sum of signs up to which float32 holds every integer
@@ -111,19 +114,24 @@ def _gradient_torch(m: Tensor, signs: Tensor, passes: Tensor, d: int, dtype: tor
 # Forward. A thread of these tiles has one column and all rows, which it loads four at a time.
 FORWARD_FIELDS = ("BLOCK_M", "BLOCK_N", "num_warps")
 FORWARD_CONFIG = (16, 128, 4)
+FORWARD_CONFIGS = (FORWARD_CONFIG, (8, 128, 4), (32, 128, 4), (16, 64, 2), (32, 64, 2), (32, 128, 8))
 # Backward: descriptors and columns of a tile, descriptors a step, warps, pipeline stages. Wider tiles spill.
 CONFIG_FIELDS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 CONFIGS = (
     (64, 64, 64, 4, 3),
     (128, 64, 64, 8, 3),
 )
+# More rows for the tuners.
+MORE_CONFIGS = ((64, 64, 64, 4, 2), (64, 64, 32, 4, 3), (64, 32, 64, 4, 3), (32, 64, 64, 4, 3), (128, 64, 32, 8, 3))
 _WORDS = 4  # a descriptor is padded to a multiple of so many words, 16 bytes
 _ROWS = 128  # and B to a multiple of so many, of which every tile's sides are parts
 
 
-def shape_key(b: int, d: int) -> str:
-    """Key of a shape among the tuned results of backward."""
-    return f"b{b}_d{d}"
+@lru_cache(maxsize=4096)
+def shape_key(b: int, d: int, dtype: torch.dtype | None = None) -> str:
+    """Key of a shape among the tuned results; of backward with the gradient's ``dtype``. B is rounded up to a power of
+    two."""
+    return f"b{bucket(b)}_d{d}" + ("" if dtype is None else f"_{dtype_name(dtype)}")
 
 
 def cost(b: int, d: int, n_bytes: int = 4, *, backward: bool = False) -> tuple[int, int]:
@@ -228,11 +236,14 @@ def _as_words(codes: Tensor) -> Tensor:
     return (F.pad(codes, (0, missing)) if missing else codes.contiguous()).view(torch.int32)
 
 
-def _launch_sign_similarity(signs: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+def _launch_sign_similarity(signs: Tensor, d: int, dtype: torch.dtype, config: tuple[int, ...] | None = None) -> Tensor:
     words, b = _as_words(signs), signs.shape[0]
     similarity = torch.empty((b, b), dtype=dtype, device=signs.device)
     if b:
-        fields = dict(zip(FORWARD_FIELDS, FORWARD_CONFIG, strict=True))
+        if config is None:
+            arch, device = arch_of(signs.device), signs.device
+            config = lookup("sign_similarity", arch, shape_key(b, d), FORWARD_CONFIGS, device=device)
+        fields = dict(zip(FORWARD_FIELDS, config, strict=True))
         by_word = words.new_zeros((words.shape[1], triton.cdiv(b, _ROWS) * _ROWS))
         by_word[:, :b] = words.T
         tiles = triton.cdiv(b, fields["BLOCK_M"]) * triton.cdiv(b, fields["BLOCK_N"])
@@ -241,13 +252,19 @@ def _launch_sign_similarity(signs: Tensor, d: int, dtype: torch.dtype) -> Tensor
     return similarity
 
 
-def _launch_sign_gradient(m: Tensor, signs: Tensor, passes: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+_ROWS_OF_TABLE = CONFIGS + MORE_CONFIGS
+
+
+def _launch_sign_gradient(
+    m: Tensor, signs: Tensor, passes: Tensor, d: int, dtype: torch.dtype, config: tuple[int, ...] | None = None
+) -> Tensor:
     b = m.shape[0]
     gradient = torch.empty((b, d), dtype=dtype, device=m.device)
     if b:
-        fields = dict(
-            zip(CONFIG_FIELDS, lookup("sign_similarity", arch_of(m.device), shape_key(b, d), CONFIGS), strict=True)
-        )
+        if config is None:
+            key = shape_key(b, d, dtype)
+            config = lookup("sign_gradient", arch_of(m.device), key, _ROWS_OF_TABLE, device=m.device)
+        fields = dict(zip(CONFIG_FIELDS, config, strict=True))
         n = triton.cdiv(b, _ROWS) * _ROWS
         parts = m.new_zeros((2, n, n), dtype=torch.bfloat16)
         parts[0, :b, :b] = m
@@ -270,8 +287,8 @@ def specimens(arch: int) -> list[Specimen]:
     ]
 
 
-def _forward_specimen(aligned: bool) -> Specimen:
-    fields: dict[str, Any] = dict(zip(FORWARD_FIELDS, FORWARD_CONFIG, strict=True))
+def _forward_specimen(aligned: bool, config: tuple[int, ...] = FORWARD_CONFIG) -> Specimen:
+    fields: dict[str, Any] = dict(zip(FORWARD_FIELDS, config, strict=True))
     return Specimen(
         name="sign_similarity",
         config={"pass": "forward", "aligned": aligned, **fields},
@@ -297,6 +314,97 @@ def _gradient_specimen(config: tuple[int, ...], dtype: str, aligned: bool) -> Sp
         options={name: fields[name] for name in ("num_warps", "num_stages")},
         unaligned=("share",) if aligned else ("B", "D", "QUADS", "share"),
     )
+
+
+# --- tuning ------------------------------------------------------------------------------------------------
+
+
+def _forward_works(arch: int, n_sms: int, sizes: Sizes, config: tuple[int, ...]) -> list[Work]:
+    b, d = sizes["b"], sizes["d"]
+    n_words = -(-d // (32 * _WORDS)) * _WORDS
+    return [
+        Work(
+            _forward_specimen(b % 16 == 0 and d % 16 == 0, config),
+            blocks=-(-b // config[0]) * -(-b // config[1]),
+            iterations=n_words // 4,
+            macs=0,
+            operations=3 * b * b * n_words,
+            n_bytes=4 * b * n_words + 4 * b * b,
+            dtype="fp32",
+        )
+    ]
+
+
+def _forward_trial(sizes: Sizes, device: torch.device) -> Trial:
+    b, d = sizes["b"], sizes["d"]
+    bits = torch.randint(0, 2, (b, d), generator=seeded(device), device=device)
+    signs = pack_bits(bits)
+
+    def run(config: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return (_launch_sign_similarity(signs, d, torch.float32, config),)
+
+    return Trial(run, lambda: (_similarity_torch(signs, d, torch.float64),), rtol=1e-6, atol=1e-7)
+
+
+def _gradient_works(arch: int, n_sms: int, sizes: Sizes, config: tuple[int, ...]) -> list[Work]:
+    b, d = sizes["b"], sizes["d"]
+    block_m, block_n, block_k, *_ = config
+    itemsize = BY_NAME[sizes["dtype"]].itemsize
+    return [
+        Work(
+            _gradient_specimen(config, TRITON_NAMES[sizes["dtype"]], b % 16 == 0 and d % 16 == 0),
+            blocks=-(-b // block_m) * -(-d // block_n),
+            iterations=-(-b // block_k),
+            macs=2 * block_m * block_n * block_k,
+            operations=4 * b * b * d,
+            n_bytes=4 * b * b + 2 * b * -(-d // 8) + b * d * itemsize,
+            dtype="fp16",
+        )
+    ]
+
+
+def _gradient_trial(sizes: Sizes, device: torch.device) -> Trial:
+    b, d, dtype, random = sizes["b"], sizes["d"], BY_NAME[sizes["dtype"]], seeded(device)
+    signs, passes = (
+        pack_bits(torch.randint(0, 2, (b, d), generator=random, device=device)) for _ in ("signs", "passes")
+    )
+    m = torch.randn((b, b), generator=random, device=device)
+
+    def run(config: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return (_launch_sign_gradient(m, signs, passes, d, dtype, config),)
+
+    def expected() -> tuple[Tensor, ...]:
+        return (_gradient_torch(m.to(torch.float64), signs, passes, d, torch.float64),)
+
+    return Trial(run, expected, rtol=TOLERANCES[sizes["dtype"]], atol=1e-3 * b**0.5 / d)
+
+
+def tunables() -> list[Tunable]:
+    """Both kernels. A problem: ``b`` descriptors of ``d`` values; of the gradient its ``dtype`` too."""
+    return [
+        Tunable(
+            name="sign_similarity",
+            module="sign_similarity",
+            on="cuda",
+            fields=FORWARD_FIELDS,
+            key=lambda sizes: shape_key(sizes["b"], sizes["d"]),
+            space=lambda arch, sizes: FORWARD_CONFIGS,
+            default=lambda arch, n_sms, sizes: FORWARD_CONFIG,
+            works=_forward_works,
+            trial=_forward_trial,
+        ),
+        Tunable(
+            name="sign_gradient",
+            module="sign_similarity",
+            on="cuda",
+            fields=CONFIG_FIELDS,
+            key=lambda sizes: shape_key(sizes["b"], sizes["d"], BY_NAME[sizes["dtype"]]),
+            space=lambda arch, sizes: _ROWS_OF_TABLE,
+            default=lambda arch, n_sms, sizes: CONFIGS[0],
+            works=_gradient_works,
+            trial=_gradient_trial,
+        ),
+    ]
 
 
 # --- torch operators ---------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ Source of the arithmetic: TeTRA (arXiv 2503.02511), inference of a ternary layer
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,18 @@ from tetra.kernels.backend import arch_of, backend_for, on_device_of, tl, triton
 from tetra.kernels.gelu import gelu_in_registers
 from tetra.kernels.row_quantize import check_finite_scale, quantize_rows_unchecked
 from tetra.kernels.specimen import Specimen
+from tetra.kernels.tunable import (
+    DTYPES,
+    TOLERANCES,
+    TRITON_NAMES,
+    Sizes,
+    Trial,
+    Tunable,
+    Work,
+    bucket,
+    dtype_name,
+    seeded,
+)
 
 GROUP = 128  # values along K that are packed together
 GROUP_BYTES = 32
@@ -336,6 +348,22 @@ CONFIGS = (
     (16, 64, 2, 1, 4, 3),
     (16, 64, 1, 8, 4, 4),
 )
+# More rows for the tuners. Which of them spill depends on the chip, and on what follows the product.
+MORE_CONFIGS = (
+    (128, 128, 1, 1, 4, 4),
+    (128, 128, 1, 1, 8, 3),
+    (128, 64, 2, 1, 4, 3),
+    (128, 64, 1, 1, 4, 4),
+    (64, 128, 1, 1, 4, 4),
+    (64, 128, 2, 2, 4, 3),
+    (64, 64, 2, 1, 4, 4),
+    (64, 64, 1, 2, 4, 4),
+    (32, 128, 2, 1, 4, 3),
+    (32, 64, 2, 1, 4, 4),
+    (32, 64, 1, 2, 4, 4),
+    (16, 64, 2, 1, 4, 4),
+    (16, 64, 1, 4, 4, 4),
+)
 # Rows that do not pay everywhere: two blocks an SM take 160 KiB; 208 KiB, and tiles for two warp groups.
 _ONLY_ON = {CONFIGS[1]: (80, 87, 90, 100), CONFIGS[2]: (90,)}
 _LARGEST_BLOCK_M = {1: 256, 2: 64, 4: 32}  # by bytes a value of x: registers, and tensor memory on sm_100
@@ -360,12 +388,14 @@ def cost(m: int, n: int, k: int, out_bytes: int = 2, *, residual: bool = False, 
     return 2 * m * n * k, n_bytes + (4 * m if x_bytes == 1 else 0)
 
 
-def configs_for(arch: int, x_bytes: int = 1, n: int = _ALIGNED_N) -> tuple[tuple[int, ...], ...]:
-    """The rows of ``CONFIGS`` for compute capability ``arch`` (80 means sm_80), x of so many bytes a value and N."""
+def configs_for(
+    arch: int, x_bytes: int = 1, n: int = _ALIGNED_N, among: tuple[tuple[int, ...], ...] = CONFIGS
+) -> tuple[tuple[int, ...], ...]:
+    """The rows ``among`` these for compute capability ``arch`` (80 means sm_80), x of so many bytes a value and N."""
     largest_tile = _LARGEST_TILE_UNALIGNED if n % _ALIGNED_N else 1 << 30
     return tuple(
         row
-        for row in CONFIGS
+        for row in among
         if row[0] <= _LARGEST_BLOCK_M[x_bytes]
         and row[0] * row[1] <= largest_tile
         and (row not in _ONLY_ON or arch in _ONLY_ON[row])
@@ -404,10 +434,19 @@ def default_config(arch: int, n_sms: int, m: int, n: int, k: int, x_bytes: int =
     return min(rows, key=lambda row: predicted_clocks(row, arch, n_sms, m, n, k, x_bytes))
 
 
-def shape_key(m: int, n: int, k: int, x_bytes: int = 1) -> str:
+def shape_key(m: int, n: int, k: int, x_dtype: str, out_dtype: str) -> str:
     """Key of a shape among the tuned results; M is rounded up to a power of two."""
-    key = f"m{1 << max(m - 1, 0).bit_length()}_n{n}_k{k}"
-    return key if x_bytes == 1 else f"{key}_x{8 * x_bytes}"
+    return f"m{bucket(m)}_n{n}_k{k}_{x_dtype}_{out_dtype}"
+
+
+@lru_cache(maxsize=4096)
+def _rows_and_key(
+    arch: int, n_sms: int, m: int, n: int, k: int, x_dtype: torch.dtype, out_dtype: torch.dtype
+) -> tuple[tuple[tuple[int, ...], ...], str]:
+    """What a launch looks up: rows that may run, the default first, and the key."""
+    default = default_config(arch, n_sms, m, n, k, x_dtype.itemsize)
+    key = shape_key(m, n, k, dtype_name(x_dtype), dtype_name(out_dtype))
+    return (default, *configs_for(arch, x_dtype.itemsize, n, CONFIGS + MORE_CONFIGS)), key
 
 
 @triton.jit
@@ -628,6 +667,13 @@ def _ternary_matmul_kernel(
     # fmt: on
 
 
+def _that_divides(config: tuple[int, ...], n_groups: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """``config`` with one group an iteration where its own number does not divide them, and for floats."""
+    if dtype == torch.int8 and n_groups % config[2] == 0:
+        return config
+    return (*config[:2], 1, *config[3:])
+
+
 @cache
 def _n_sms(device: torch.device) -> int:
     """Multiprocessors of a GPU; an A100's for the interpreter."""
@@ -675,14 +721,10 @@ def _launch_ternary_matmul(
         if apart and (n % _ALIGNED_N == 0 or residual.stride(1) != 1):
             residual = residual.clone(memory_format=torch.contiguous_format)
     if config is None:
-        arch, itemsize = arch_of(x.device) or 80, x.itemsize
-        default = default_config(arch, _n_sms(x.device), m, n, k, itemsize)
-        config = lookup(
-            "ternary_matmul", arch, shape_key(m, n, k, itemsize), (default, *configs_for(arch, itemsize, n))
-        )
-    options: dict[str, Any] = dict(zip(CONFIG_FIELDS, config, strict=True))
-    if x.dtype != torch.int8 or n_groups % options["GROUPS"]:
-        options["GROUPS"] = 1
+        arch = arch_of(x.device) or 80
+        rows, key = _rows_and_key(arch, _n_sms(x.device), m, n, k, x.dtype, out_dtype)
+        config = lookup("ternary_matmul", arch, key, rows, device=x.device)
+    options: dict[str, Any] = dict(zip(CONFIG_FIELDS, _that_divides(config, n_groups, x.dtype), strict=True))
     tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"])
     parts = arrived = None
     if options["SPLIT_K"] > 1:
@@ -785,6 +827,120 @@ def specimens(arch: int) -> list[Specimen]:
     found.append(specimen(CONFIGS[3], x="bf16", out="bf16", residual=True))
     found.append(specimen(CONFIGS[6], x="fp32", out="fp32", residual=True))
     return found
+
+
+# --- tuning ----------------------------------------------------------------------------------------------
+
+
+def _by_code(arch: int, sizes: Sizes) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Rows that may run a problem by what they come to; of those of the same code the first."""
+    x_dtype, n_groups = DTYPES[sizes["x"]], -(-sizes["k"] // GROUP)
+    found: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for row in configs_for(arch, x_dtype.itemsize, sizes["n"], CONFIGS + MORE_CONFIGS):
+        found.setdefault(_that_divides(row, n_groups, x_dtype), row)
+    return found
+
+
+def _default(arch: int, n_sms: int, sizes: Sizes) -> tuple[int, ...]:
+    x_dtype, n_groups = DTYPES[sizes["x"]], -(-sizes["k"] // GROUP)
+    row = default_config(arch, n_sms, sizes["m"], sizes["n"], sizes["k"], x_dtype.itemsize)
+    return _by_code(arch, sizes)[_that_divides(row, n_groups, x_dtype)]
+
+
+def _works(arch: int, n_sms: int, sizes: Sizes, config: tuple[int, ...]) -> list[Work]:
+    m, n, k, x_dtype = sizes["m"], sizes["n"], sizes["k"], DTYPES[sizes["x"]]
+    n_groups = -(-k // GROUP)
+    block_m, block_n, groups, split_k, *_ = config = _that_divides(config, n_groups, x_dtype)
+    operations, n_bytes = cost(
+        m, n, k, DTYPES[sizes["out"]].itemsize, residual=sizes["residual"], x_bytes=x_dtype.itemsize
+    )
+    code = specimen(
+        config,
+        x=TRITON_NAMES[sizes["x"]],
+        out=TRITON_NAMES[sizes["out"]],
+        bias=sizes["bias"],
+        gelu=sizes["gelu"],
+        residual=sizes["residual"],
+        scaled=sizes["scaled"],
+        aligned_n=n % _ALIGNED_N == 0,
+    )
+    tiles = -(-m // block_m) * -(-n // block_n)
+    if split_k > 1:  # every part is written and read once; it stays in the L2 cache, which the code's loads count
+        n_bytes += 4 * n * sizes["m"]
+    return [
+        Work(
+            code,
+            blocks=tiles * split_k,
+            iterations=-(-n_groups // (groups * split_k)),
+            macs=block_m * block_n * GROUP * groups,
+            operations=operations,
+            n_bytes=n_bytes,
+            dtype={"int8": "int8", "float32": "tf32"}.get(sizes["x"], "fp16"),
+        )
+    ]
+
+
+def _trial(sizes: Sizes, device: torch.device) -> Trial:
+    m, n, k, out_dtype = sizes["m"], sizes["n"], sizes["k"], DTYPES[sizes["out"]]
+    random = seeded(device)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=device)
+
+    packed = pack_ternary(torch.randint(-1, 2, (n, k), generator=random, device=device, dtype=torch.int8))
+    weight_scale = torch.full((), k**-0.5, device=device)
+    scale = None
+    x = normal(m, k)
+    if sizes["x"] == "int8":
+        x, scale = torch.clamp(x * 40, -127, 127).to(torch.int8), normal(m).abs() * 0.02 + 0.005
+    else:
+        x = x.to(DTYPES[sizes["x"]])
+    residual = normal(m, n).to(out_dtype) if sizes["residual"] else None
+    scaled = n // 3 // _ALIGNED_N * _ALIGNED_N if sizes["scaled"] else 0
+    epilogue = Epilogue(normal(n) if sizes["bias"] else None, sizes["gelu"], residual, scaled, 0.125)
+
+    def expected() -> tuple[Tensor, ...]:
+        parts = []
+        for start in range(0, m, _ROWS_AT_A_TIME):
+            rows = slice(start, start + _ROWS_AT_A_TIME)
+            parts.append(
+                ternary_linear_reference(
+                    x[rows],
+                    1.0 if scale is None else scale[rows].to(torch.float64),
+                    packed,
+                    weight_scale.to(torch.float64),
+                    epilogue.bias,
+                    gelu=epilogue.gelu,
+                    residual=None if residual is None else residual[rows],
+                    scaled_columns=scaled,
+                    column_scale=epilogue.column_scale,
+                ).to(torch.float32)
+            )
+        return (torch.cat(parts),)
+
+    def run(config: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return (_launch_ternary_matmul(x, packed, scale, weight_scale, epilogue, out_dtype, config),)
+
+    tolerance = max(TOLERANCES[sizes["out"]], TOLERANCES["float32"])
+    return Trial(run, expected, rtol=tolerance, atol=tolerance)
+
+
+def tunables() -> list[Tunable]:
+    """The product. A problem: ``m, n, k``, dtypes ``x`` and ``out``, and what follows: ``bias, gelu, residual,
+    scaled``."""
+    return [
+        Tunable(
+            name="ternary_matmul",
+            module="ternary_matmul",
+            on="cuda",
+            fields=CONFIG_FIELDS,
+            key=lambda sizes: shape_key(sizes["m"], sizes["n"], sizes["k"], sizes["x"], sizes["out"]),
+            space=lambda arch, sizes: tuple(_by_code(arch, sizes).values()),
+            default=_default,
+            works=_works,
+            trial=_trial,
+        )
+    ]
 
 
 # --- torch operators -------------------------------------------------------------------------------------

@@ -30,14 +30,37 @@ Source of the loss: TeTRA-VPR (arXiv 2503.02511), which takes it times 100.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tetra.kernels.backend import backend_for, on_device_of, tl, triton
-from tetra.kernels.rows import TRITON_DTYPES, fits_registers, load_part, row_config, store_part
+from tetra.kernels.rows import (
+    ROW_FIELDS,
+    TRITON_DTYPES,
+    fits_registers,
+    load_part,
+    row_config,
+    row_configs,
+    row_options,
+    store_part,
+    tuned_row,
+)
 from tetra.kernels.specimen import Specimen
+from tetra.kernels.tunable import (
+    DTYPES,
+    TOLERANCES,
+    TRITON_NAMES,
+    Config,
+    Sizes,
+    Trial,
+    Tunable,
+    Work,
+    dtype_name,
+    seeded,
+)
 
 SMALLEST_NORM = 1e-12
 
@@ -194,34 +217,52 @@ def _token_gradient_kernel(
         store_part(gradient_ptr + token * C, start + columns, alpha * a + beta * b, start + CHUNK, C)
 
 
-def _config(c: int, student: torch.dtype, teacher: torch.dtype) -> dict[str, int]:
-    """That of rows twice as wide, because both tokens are in registers at once."""
-    return row_config(2 * c, max(student, teacher, key=lambda dtype: dtype.itemsize))
+def _configs(c: int, student: torch.dtype, teacher: torch.dtype) -> tuple[Config, ...]:
+    """Those of rows twice as wide, because both tokens are in registers at once."""
+    rows = row_configs(2 * c, max(student, teacher, key=lambda dtype: dtype.itemsize))
+    return (rows[0], *(row for row in rows[1:] if row[0] < 2 * c))
+
+
+@lru_cache(maxsize=4096)
+def _rows_and_key(part: str, c: int, student: torch.dtype, teacher: torch.dtype) -> tuple[tuple[Config, ...], str]:
+    """What a launch looks up: rows that may run, the default first, and the key."""
+    return _configs(c, student, teacher), f"{part}_c{c}_{dtype_name(student)}_{dtype_name(teacher)}"
 
 
 def _launch(
-    kernel: Any, before: tuple[Tensor, ...], student: Tensor, teacher: Tensor, after: tuple[Tensor, ...]
+    part: str,
+    before: tuple[Tensor, ...],
+    student: Tensor,
+    teacher: Tensor,
+    after: tuple[Tensor, ...],
+    config: Config | None,
 ) -> None:
-    """Runs one block a token; ``before`` and ``after`` are the other tensors, in the kernel's order."""
+    """Runs the "forward" or the "gradient" kernel, one block a token.
+
+    ``before`` and ``after`` are the other tensors, in the kernel's order.
+    """
     a, r, c = student.shape
     if a * r:
         strides = (*student.stride()[:2], *teacher.stride()[:2])
+        rows, key = _rows_and_key(part, c, student.dtype, teacher.dtype)
+        options = tuned_row("token_loss", key, rows, student.device, config)
+        kernel = _token_loss_kernel if part == "forward" else _token_gradient_kernel
         with on_device_of(student):
-            kernel[(a * r,)](
-                *before, student, teacher, *after, r, *strides, C=c, **_config(c, student.dtype, teacher.dtype)
-            )
+            kernel[(a * r,)](*before, student, teacher, *after, r, *strides, C=c, **options)
 
 
-def _launch_token_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_token_loss(student: Tensor, teacher: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor, Tensor]:
     terms = _new_terms(student, teacher)
-    _launch(_token_loss_kernel, (), _along_rows(student), _along_rows(teacher), terms)
+    _launch("forward", (), _along_rows(student), _along_rows(teacher), terms, config)
     return terms
 
 
-def _launch_token_gradient(weights: Tensor, student: Tensor, teacher: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+def _launch_token_gradient(
+    weights: Tensor, student: Tensor, teacher: Tensor, alpha: Tensor, beta: Tensor, config: Config | None = None
+) -> Tensor:
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     tensors = (_along_rows(student), _along_rows(teacher))
-    _launch(_token_gradient_kernel, (weights,), *tensors, (alpha, beta, gradient))
+    _launch("gradient", (weights,), *tensors, (alpha, beta, gradient), config)
     return gradient
 
 
@@ -247,8 +288,8 @@ def specimens(arch: int) -> list[Specimen]:
     ]
 
 
-def _specimen(gradient: bool, c: int, student: str, teacher: str) -> Specimen:
-    config = _config(c, TRITON_DTYPES[student], TRITON_DTYPES[teacher])
+def _specimen(gradient: bool, c: int, student: str, teacher: str, row: Config | None = None) -> Specimen:
+    config = row_options(row or _configs(c, TRITON_DTYPES[student], TRITON_DTYPES[teacher])[0])
     signature = {"student_ptr": f"*{student}", "teacher_ptr": f"*{teacher}", "alpha_ptr": "*fp32", "beta_ptr": "*fp32"}
     if gradient:
         signature |= {"weight_ptr": "*fp32", "gradient_ptr": f"*{student}"}
@@ -267,6 +308,65 @@ def _specimen(gradient: bool, c: int, student: str, teacher: str) -> Specimen:
     )
 
 
+# --- tuning ------------------------------------------------------------------------------------------------
+
+
+def _sizes_key(sizes: Sizes) -> tuple[tuple[Config, ...], str]:
+    return _rows_and_key(sizes["part"], sizes["c"], DTYPES[sizes["student"]], DTYPES[sizes["teacher"]])
+
+
+def _works(arch: int, n_sms: int, sizes: Sizes, config: Config) -> list[Work]:
+    m, c, gradient = sizes["m"], sizes["c"], sizes["part"] == "gradient"
+    n_bytes = max(DTYPES[sizes[side]].itemsize for side in ("student", "teacher"))
+    operations, moved = cost(m, c, n_bytes, backward=gradient)
+    code = _specimen(gradient, c, TRITON_NAMES[sizes["student"]], TRITON_NAMES[sizes["teacher"]], config)
+    return [Work(code, m, 1, 0, operations, moved, "fp32")]
+
+
+def _trial(sizes: Sizes, device: torch.device) -> Trial:
+    random, shape = seeded(device), (1, sizes["m"], sizes["c"])
+    student, teacher = (
+        torch.randn(shape, generator=random, device=device).to(DTYPES[sizes[side]]) for side in ("student", "teacher")
+    )
+    wide = student.to(torch.float64), teacher.to(torch.float64)
+    if sizes["part"] == "forward":
+        return Trial(
+            lambda config: _launch_token_loss(student, teacher, config),
+            lambda: _forward_torch(*wide),
+            rtol=1e-4,
+            atol=(1e-5, 1e-6, 1e-6),
+        )
+    weights = torch.rand(shape[:2], generator=random, device=device)
+    _, alpha, beta = (part.to(torch.float32) for part in _forward_torch(*wide))
+    tolerance = TOLERANCES[sizes["student"]]
+    return Trial(
+        lambda config: (_launch_token_gradient(weights, student, teacher, alpha, beta, config),),
+        lambda: (_backward_torch(weights.double(), *wide, alpha.double(), beta.double()),),
+        rtol=tolerance,
+        atol=tolerance / sizes["c"],
+    )
+
+
+def tunables() -> list[Tunable]:
+    """Both kernels, each a ``part``: "forward" and "gradient".
+
+    A problem: that, ``m`` tokens of ``c`` values, dtypes ``student`` and ``teacher``; the key leaves ``m`` out.
+    """
+    return [
+        Tunable(
+            name="token_loss",
+            module="token_loss",
+            on="cuda",
+            fields=ROW_FIELDS,
+            key=lambda sizes: _sizes_key(sizes)[1],
+            space=lambda arch, sizes: _sizes_key(sizes)[0],
+            default=lambda arch, n_sms, sizes: _sizes_key(sizes)[0][0],
+            works=_works,
+            trial=_trial,
+        )
+    ]
+
+
 # --- torch operators ---------------------------------------------------------------------------------------
 
 
@@ -275,7 +375,8 @@ def _compiles(student: Tensor, teacher: Tensor) -> bool:
     if backend_for(student) not in ("triton", "interpreter"):
         return False
     known = all(x.dtype in TRITON_DTYPES.values() for x in (student, teacher))
-    return known and fits_registers(2 * student.shape[2], _config(student.shape[2], student.dtype, teacher.dtype))
+    c, widest = student.shape[2], max(student.dtype, teacher.dtype, key=lambda dtype: dtype.itemsize)
+    return known and fits_registers(2 * c, row_config(2 * c, widest))
 
 
 @torch.library.custom_op("tetra::token_loss", mutates_args=())

@@ -36,6 +36,7 @@ class Work:
         operations: of the whole launch, two a multiply-add, without padding.
         n_bytes: moved at least, every tensor once.
         dtype: of the operands: int8, fp16 (also bf16), tf32 (tensor cores) or fp32 (elsewhere).
+        resident: blocks that a multiprocessor has to hold at once, because the launch counts on it.
     """
 
     specimen: Specimen
@@ -45,6 +46,7 @@ class Work:
     operations: int
     n_bytes: int
     dtype: str
+    resident: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,29 @@ class Trial:
     Attributes:
         run: computes the outputs with a configuration; what is timed.
         expected: computes them by the reference, in plain PyTorch.
-        rtol, atol: how near they have to be; 0 and 0 for integers, which have to be equal.
+        rtol, atol: how near they have to be, one number for all outputs or one for each; 0 and 0 for what has to be
+            equal.
     """
 
     run: Callable[[Config], tuple[Tensor, ...]]
     expected: Callable[[], tuple[Tensor, ...]]
-    rtol: float = 0.0
-    atol: float = 0.0
+    rtol: float | tuple[float, ...] = 0.0
+    atol: float | tuple[float, ...] = 0.0
+
+    def difference(self, outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str | None:
+        """What is wrong with ``outputs`` of :attr:`run`, in a line; None if they are as ``expected``."""
+        if len(outputs) != len(expected):
+            return f"gives {len(outputs)} tensors, wanted {len(expected)}"
+        for i, (found, wanted) in enumerate(zip(outputs, expected, strict=True)):
+            if found.shape != wanted.shape:
+                return f"output {i} has shape {tuple(found.shape)}, wanted {tuple(wanted.shape)}"
+            rtol, atol = (value[i] if isinstance(value, tuple) else value for value in (self.rtol, self.atol))
+            found, wanted = found.to(torch.float64), wanted.to(torch.float64)
+            near = torch.isclose(found, wanted, rtol=rtol, atol=atol, equal_nan=True)
+            if not bool(near.all()):
+                largest = float((found - wanted).abs()[~near].nan_to_num(torch.inf).max())
+                return f"output {i} differs in {int((~near).sum())} of {near.numel()} values, by up to {largest:.3g}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,8 @@ class Tunable:
         space: all configurations that may run a problem on an architecture (80 for sm_80; 0 on a CPU), the table's
             order.
         default: what runs where nothing is known: of (architecture, multiprocessors or cores, problem).
-        works: the launches of a candidate, for the static model; None for kernels that are not compiled by Triton.
+        works: the launches of a candidate, for the static model: of (architecture, multiprocessors, problem,
+            configuration); None for kernels that are not compiled by Triton.
         trial: makes inputs of a problem on a device.
     """
 
@@ -87,8 +106,35 @@ class Tunable:
     key: Callable[[Sizes], str]
     space: Callable[[int, Sizes], tuple[Config, ...]]
     default: Callable[[int, int, Sizes], Config]
-    works: Callable[[int, Sizes, Config], list[Work]] | None
+    works: Callable[[int, int, Sizes, Config], list[Work]] | None
     trial: Callable[[Sizes, torch.device], Trial]
+
+
+def bucket(n: int) -> int:
+    """``n`` rounded up to a power of two: problems of one bucket share a result."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+DTYPES = {
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+TRITON_NAMES = {"int8": "i8", "uint8": "u8", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+TOLERANCES = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 1e-4}
+"""How far results of a dtype may be from the reference's, of values around one."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float16`` of torch.float16: how keys and problems write dtypes."""
+    return str(dtype).removeprefix("torch.")
+
+
+def seeded(device: torch.device, seed: int = 0) -> torch.Generator:
+    """For the inputs of a trial, which are the same every time."""
+    return torch.Generator(device).manual_seed(seed)
 
 
 @cache

@@ -23,8 +23,10 @@ bound / prediction.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tetra.autotune.hardware import Product
 from tetra.profiling.sass import Instruction, Report, mma_shape
@@ -42,7 +44,7 @@ FORMULA = (
 
 _LANES = 32
 _WARPGROUP = 4  # wgmma is issued by four warps together
-_SLOW = {"MUFU", "POPC", "I2F", "F2I", "F2F"}  # the other conversions run at the integer units' rate
+_SLOW = {"MUFU", "I2F", "F2I", "F2F"}  # the other conversions run at the integer units' rate
 
 
 def tensor_dtype(name: str) -> str:
@@ -65,29 +67,42 @@ def unit_clocks(instructions: Iterable[Instruction], num_warps: int, product: Pr
 
     Tensor-core instructions whose size is not in their name (tcgen05) count nothing.
     """
-    chip = product.chip
+    return named_clocks(Counter(instruction.name for instruction in instructions), num_warps, product)
+
+
+def named_clocks(names: Mapping[str, int], num_warps: int, product: Product) -> dict[str, float]:
+    """The same of instructions that are counted by their full names, which tell all that matters."""
     clocks = dict.fromkeys(UNITS, 0.0)
-    for instruction in instructions:
-        kind = instruction.kind
-        clocks["issue"] += 1 / chip.issue_per_clock
-        if kind == "mma":
-            macs = warp_macs(instruction.name)
-            clocks["tensor"] += (macs or 0) / product.macs_per_clock(tensor_dtype(instruction.name))
-        elif kind == "float":
-            clocks["float"] += _LANES / chip.float_per_clock
-        elif kind in ("cvt", "popc") and instruction.base in _SLOW:
-            clocks["special"] += _LANES / chip.special_per_clock
-        elif kind in ("alu", "cvt"):
-            clocks["alu"] += _LANES / chip.alu_per_clock
-        elif kind == "shfl":
-            clocks["shared"] += 128 / chip.shared_bytes_per_clock
-        elif kind in ("lds", "ldsm", "sts"):
-            clocks["shared"] += instruction.access_bytes / chip.shared_bytes_per_clock
-        elif kind in ("ldg", "stg", "local", "ldgsts", "atomic"):
-            clocks["l2"] += instruction.access_bytes / chip.l2_bytes_per_clock
-            if kind == "ldgsts":
-                clocks["shared"] += instruction.access_bytes / chip.shared_bytes_per_clock
-    return {unit: num_warps * n for unit, n in clocks.items()}
+    for name, n in names.items():
+        for unit, taken in _clocks_of(name, product):
+            clocks[unit] += n * num_warps * taken
+    return clocks
+
+
+@lru_cache(maxsize=65536)
+def _clocks_of(name: str, product: Product) -> tuple[tuple[str, float], ...]:
+    """Units that one instruction of one warp keeps busy, and for how many clocks."""
+    chip, instruction = product.chip, Instruction(0, name, "")
+    kind, found = instruction.kind, [("issue", 1 / chip.issue_per_clock)]
+    if kind == "mma":
+        found.append(("tensor", (warp_macs(name) or 0) / product.macs_per_clock(tensor_dtype(name))))
+    elif kind == "float":
+        found.append(("float", _LANES / chip.float_per_clock))
+    elif instruction.base == "POPC":
+        found.append(("special", _LANES / chip.popc_per_clock))
+    elif kind == "cvt" and instruction.base in _SLOW:
+        found.append(("special", _LANES / chip.special_per_clock))
+    elif kind in ("alu", "cvt"):
+        found.append(("alu", _LANES / chip.alu_per_clock))
+    elif kind == "shfl":
+        found.append(("shared", 128 / chip.shared_bytes_per_clock))
+    elif kind in ("lds", "ldsm", "sts"):
+        found.append(("shared", instruction.access_bytes / chip.shared_bytes_per_clock))
+    elif kind in ("ldg", "stg", "local", "ldgsts", "atomic"):
+        found.append(("l2", instruction.access_bytes / chip.l2_bytes_per_clock))
+        if kind == "ldgsts":
+            found.append(("shared", instruction.access_bytes / chip.shared_bytes_per_clock))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -144,6 +159,43 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class CodeClocks:
+    """What compiled code takes of every unit of a multiprocessor, for one block.
+
+    Attributes:
+        loop: clocks of an iteration of the main loop, as it is compiled.
+        once: of everything else.
+        unrolled: how many iterations, as the loop is written, one of the compiled loop does.
+    """
+
+    loop: dict[str, float]
+    once: dict[str, float]
+    unrolled: int
+
+
+def code_clocks(
+    loop: Mapping[str, int], outside: Mapping[str, int], num_warps: int, product: Product, dtype: str, macs: int
+) -> CodeClocks:
+    """Unit by unit, what a block of compiled code takes on ``product``.
+
+    Args:
+        loop, outside: instructions of the main loop and the others, counted by their full names.
+        num_warps: of a block.
+        dtype: of the tensor cores' operands.
+        macs: multiply-adds of an iteration as it is written, 0 without any.
+    """
+    taken = named_clocks(loop, num_warps, product)
+    sizes = {name: warp_macs(name) for name in loop if Instruction(0, name, "").kind == "mma"}
+    unrolled = 1
+    if None in sizes.values():  # tcgen05
+        taken["tensor"] = macs / product.macs_per_clock(dtype)
+    elif macs:
+        found = num_warps * sum((size or 0) * loop[name] for name, size in sizes.items())
+        unrolled = max(round(found / macs), 1)
+    return CodeClocks(taken, named_clocks(outside, num_warps, product), unrolled)
+
+
+@dataclass(frozen=True)
 class Prediction:
     """Predicted seconds of one launch, the bound that no code could pass, and what decides each (a unit or memory)."""
 
@@ -176,16 +228,10 @@ def predict_launch(launch: Launch, product: Product, report: Report | None = Non
         macs = launch.iterations * launch.macs
         clocks = {"tensor": macs / product.macs_per_clock(launch.dtype)} if macs else {}
     else:
-        loop = unit_clocks(report.loop, report.num_warps, product)
-        once = unit_clocks(report.outside, report.num_warps, product)
-        sizes = [warp_macs(name) for name in report.tensor_core]
-        unrolled = 1
-        if None in sizes:  # tcgen05
-            loop["tensor"] = launch.macs / product.macs_per_clock(launch.dtype)
-        elif launch.macs:
-            found = report.num_warps * sum((warp_macs(name) or 0) * n for name, n in report.tensor_core.items())
-            unrolled = max(round(found / launch.macs), 1)
-        clocks = {unit: launch.iterations / unrolled * loop[unit] + once[unit] for unit in UNITS}
+        in_loop, outside = (Counter(i.name for i in part) for part in (report.loop, report.outside))
+        code = code_clocks(in_loop, outside, report.num_warps, product, launch.dtype, launch.macs)
+        iterations = launch.iterations / code.unrolled
+        clocks = {unit: iterations * code.loop[unit] + code.once[unit] for unit in UNITS}
     for unit, n in clocks.items():
         taken = n * waves / (product.clock_ghz * 1e9)
         if taken > seconds:

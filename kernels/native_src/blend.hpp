@@ -145,6 +145,9 @@ inline float* parameters_of(const Activation& rows) {
     return parameters;
 }
 
+constexpr int64_t ROWS_A_TASK = 8;
+constexpr int64_t VALUES_A_THREAD = 1 << 14;  // fewer are done before another thread has woken up
+
 INLINE int64_t useful_threads(int64_t threads, int64_t n_values) {
     return std::min(threads, n_values / VALUES_A_THREAD + 1);
 }

@@ -114,6 +114,7 @@ struct Hamming {
     int64_t n_rows, row_stride;
     int64_t n_bytes;
     const uint8_t* allowed;  // [n_rows], 0: as if the row were not there; null: all are
+    int64_t block_bytes;     // of rows that a group of queries passes over: a share of one core's second-level cache
 };
 
 // sums[q][r] += what differs in BYTES or, where MASKED, fewer bytes of QUERIES queries and some rows.
@@ -199,14 +200,13 @@ void hamming_part(const Hamming& task, int64_t first_query, int64_t last_query, 
     if (query < last_query) hamming_rows<1, HAMMING_ROWS>(task, query, first_row, last_row, 0, sink);
 }
 
-constexpr int64_t HAMMING_BLOCK_BYTES = 1 << 18;  // of rows: a share of one core's second-level cache
-constexpr int64_t HAMMING_GROUP = 64;             // queries that pass over it before it may go to another thread
+constexpr int64_t HAMMING_GROUP = 64;  // queries that pass over a block before it may go to another thread
 
 // body(slot, first_query, last_query, first_row, last_row) for parts that cover all. What has one slot runs one after
 // the other, and meets any query's rows in ascending order.
 template <class Body> void hamming_parts(const Hamming& task, int64_t threads, const Body& body) {
     const int64_t tiles = (task.n_rows + HAMMING_ROWS - 1) / HAMMING_ROWS;
-    const int64_t fitting = std::max<int64_t>(HAMMING_BLOCK_BYTES / (task.n_bytes * HAMMING_ROWS), 1);
+    const int64_t fitting = std::max<int64_t>(task.block_bytes / (task.n_bytes * HAMMING_ROWS), 1);
     const int64_t shared = std::max<int64_t>(tiles / (4 * threads), 1);  // so that no thread waits long for another
     const int64_t block = std::min(fitting, shared) * HAMMING_ROWS;
     const int64_t n_blocks = (task.n_rows + block - 1) / block;

@@ -41,20 +41,20 @@ void tetra_use_threads_of(void* gomp_parallel) { tetra::fork_join = reinterpret_
 void tetra_rows(const void* x, int32_t format, int64_t m, int64_t k, int64_t x_stride, const void* residual,
                 int64_t residual_stride, void* total, int32_t gelu, const void* weight, int32_t weight_format,
                 const void* bias, int32_t bias_format, float eps, void* out, int8_t* codes, float* scale,
-                int64_t threads) {
+                int64_t rows_a_task, int64_t threads) {
     tetra::run(tetra::Rows{x, format, m, k, x_stride, residual, residual_stride, total, gelu != 0, weight,
                            weight_format, bias, bias_format, eps, out, codes, scale},
-               threads);
+               rows_a_task, threads);
 }
 
 void tetra_ternary_linear(const int8_t* x, int64_t m, int64_t n, int64_t k, int64_t x_stride, const uint8_t* packed,
                           const float* scale, float weight_scale, const void* bias, int32_t bias_format,
                           const void* residual, int32_t residual_format, int64_t residual_stride, int32_t gelu,
                           int64_t scaled_columns, float column_scale, void* out, int32_t out_format,
-                          int64_t threads) {
+                          int64_t block_bytes, int64_t threads) {
     tetra::run(tetra::TernaryLinear{x, m, n, k, x_stride, packed, scale, weight_scale, bias, bias_format, residual,
                                     residual_format, residual_stride, gelu != 0, scaled_columns, column_scale, out,
-                                    out_format},
+                                    out_format, block_bytes},
                threads);
 }
 
@@ -103,23 +103,26 @@ void tetra_blend_weight(const void* weight, int32_t format, int64_t n, float lam
 
 void tetra_hamming_nearest(const uint8_t* queries, int64_t n_queries, int64_t query_stride, const uint8_t* database,
                            int64_t n_rows, int64_t row_stride, int64_t n_bytes, const uint8_t* allowed, int64_t k,
-                           int32_t* distances, int64_t* rows, int64_t threads) {
-    tetra::hamming_nearest({queries, n_queries, query_stride, database, n_rows, row_stride, n_bytes, allowed}, k,
-                           distances, rows, threads);
+                           int32_t* distances, int64_t* rows, int64_t block_bytes, int64_t threads) {
+    tetra::hamming_nearest(
+        {queries, n_queries, query_stride, database, n_rows, row_stride, n_bytes, allowed, block_bytes}, k, distances,
+        rows, threads);
 }
 
 void tetra_hamming_within(const uint8_t* queries, int64_t n_queries, int64_t query_stride, const uint8_t* database,
                           int64_t n_rows, int64_t row_stride, int64_t n_bytes, const uint8_t* allowed, int32_t radius,
                           int64_t* counts, const int64_t* offsets, int32_t* distances, int64_t* rows,
-                          int64_t threads) {
-    tetra::hamming_within({queries, n_queries, query_stride, database, n_rows, row_stride, n_bytes, allowed}, radius,
-                          counts, offsets, distances, rows, threads);
+                          int64_t block_bytes, int64_t threads) {
+    tetra::hamming_within(
+        {queries, n_queries, query_stride, database, n_rows, row_stride, n_bytes, allowed, block_bytes}, radius,
+        counts, offsets, distances, rows, threads);
 }
 
 void tetra_hamming_all(const uint8_t* queries, int64_t n_queries, int64_t query_stride, const uint8_t* database,
-                       int64_t n_rows, int64_t row_stride, int64_t n_bytes, int32_t* out, int64_t threads) {
-    tetra::hamming_all({queries, n_queries, query_stride, database, n_rows, row_stride, n_bytes, nullptr}, out,
-                       threads);
+                       int64_t n_rows, int64_t row_stride, int64_t n_bytes, int32_t* out, int64_t block_bytes,
+                       int64_t threads) {
+    tetra::hamming_all({queries, n_queries, query_stride, database, n_rows, row_stride, n_bytes, nullptr, block_bytes},
+                       out, threads);
 }
 
 }  // extern "C"

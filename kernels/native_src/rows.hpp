@@ -121,11 +121,7 @@ template <class X> void run_row(const Rows& rows, int64_t row, float* buffer, co
     }
 }
 
-constexpr int64_t ROWS_A_TASK = 8;
-constexpr int64_t VALUES_A_THREAD = 1 << 14;  // fewer are done before another thread has woken up
-
-inline void run(const Rows& rows, int64_t threads) {
-    threads = std::min(threads, rows.m * rows.k / VALUES_A_THREAD + 1);
+inline void run(const Rows& rows, int64_t rows_a_task, int64_t threads) {
     const int64_t n = padded(rows.k);
     // LayerNorm's parameters once for all rows; zero past the end, so that padding gives zero.
     thread_local Scratch parameters;
@@ -134,11 +130,11 @@ inline void run(const Rows& rows, int64_t threads) {
     std::fill_n(weight, 2 * n, 0.0f);
     if (rows.weight) to_floats(rows.weight, rows.weight_format, 0, rows.k, weight);
     if (rows.bias) to_floats(rows.bias, rows.bias_format, 0, rows.k, bias);
-    parallel_for((rows.m + ROWS_A_TASK - 1) / ROWS_A_TASK, threads, [&](int64_t task) {
+    parallel_for((rows.m + rows_a_task - 1) / rows_a_task, threads, [&](int64_t task) {
         thread_local Scratch memory;
         float* buffer = memory.get<float>(n);
         with_type(rows.format, [&](auto type) {
-            for (int64_t row = task * ROWS_A_TASK; row < std::min(rows.m, (task + 1) * ROWS_A_TASK); row++) {
+            for (int64_t row = task * rows_a_task; row < std::min(rows.m, (task + 1) * rows_a_task); row++) {
                 run_row<decltype(type)>(rows, row, buffer, weight, bias);
             }
         });

@@ -236,6 +236,7 @@ struct TernaryLinear {
     float column_scale;
     void* out;  // [m][n]
     int32_t out_format;
+    int64_t block_bytes;  // of the second-level cache, for a block of unpacked weights, or of activations
 };
 
 struct ColumnFactors {
@@ -299,23 +300,20 @@ inline int32_t sum_of_codes(const int8_t* x, int64_t n) {
     return total;
 }
 
-// Part of the second-level cache that a block of unpacked weights, or of activations, may take.
-constexpr int64_t BLOCK_BYTES = 192 << 10;
-
 inline void run(const TernaryLinear& layer, int64_t threads) {
     if (layer.m == 0 || layer.n == 0) return;
     const int64_t n_groups = (layer.k + GROUP - 1) / GROUP, n_runs = layer.k / RUN;
     const int64_t panel_size = n_groups * GROUP_RUNS * TILE_N * WEIGHTS_A_RUN;
     const int64_t n_panels = (layer.n + TILE_N - 1) / TILE_N;
     // Blocks of weights for all threads, a few for each so that a slow one can be helped.
-    int64_t block = std::max<int64_t>(BLOCK_BYTES / std::max<int64_t>(panel_size * sizeof(Weight), 1), 1);
+    int64_t block = std::max<int64_t>(layer.block_bytes / std::max<int64_t>(panel_size * sizeof(Weight), 1), 1);
     block = std::max<int64_t>(std::min(block, n_panels / (8 * threads)), 1);
     const int64_t n_blocks = (n_panels + block - 1) / block;
     // Too few blocks: the rows of x are divided too, at the price of unpacking a block more than once.
     const int64_t n_tiles_m = (layer.m + TILE_M - 1) / TILE_M;
     const int64_t n_parts = std::min(std::max<int64_t>(threads / n_blocks, 1), std::max<int64_t>(n_tiles_m / 4, 1));
     // Within a part, the rows that stay in the cache while the panels of a block pass by.
-    const int64_t chunk = std::max<int64_t>(BLOCK_BYTES / (TILE_M * std::max<int64_t>(layer.k, 1)), 1);
+    const int64_t chunk = std::max<int64_t>(layer.block_bytes / (TILE_M * std::max<int64_t>(layer.k, 1)), 1);
 
     thread_local Scratch sum_memory;
     int32_t* x_sums = sum_memory.get<int32_t>(layer.m);
