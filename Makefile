@@ -4,16 +4,17 @@ VENV ?= .venv
 OUT ?= demo-report
 NANO_OUT ?= runs/nano
 ADDS ?= 1000000
+BASE ?= HEAD
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPED := build/typed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint slow soak demo nano wheel clean
+.PHONY: help venv test lint slow perf-check soak demo nano wheel clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## create .venv with the pinned packages; does nothing when it is up to date
 
@@ -47,6 +48,9 @@ lint: venv  ## style (ruff) and types (mypy)
 
 slow: venv  ## run the tests that take long
 	@$(BIN)/python -m pytest -m slow
+
+perf-check: venv  ## what this tree does to the compiled kernels, compared with the commit BASE; needs no GPU
+	@$(BIN)/tetra kernels check --base $(BASE)
 
 soak: venv  ## a million adds to a place map, with kills at random moments (ADDS=n)
 	@$(BIN)/python tests/soak.py --adds $(ADDS)

@@ -44,14 +44,18 @@ def loop_counts(found: Report) -> dict[str, Any]:
 
 def report_row(specimen: Specimen, arch: int) -> dict[str, Any]:
     """Compile one kernel and describe it; see :func:`kernel_report`."""
-    found = report(compile_for(specimen, arch))
-    product = product_of(arch)
+    return describe(specimen.name, specimen.config, report(compile_for(specimen, arch)))
+
+
+def describe(kernel: str, config: dict[str, Any], found: Report) -> dict[str, Any]:
+    """The row of a kernel that was compiled and read; see :func:`kernel_report`."""
+    product = product_of(found.arch)
     limit = loop_limit(found, product)
     busiest = limit.clocks[limit.unit] or 1.0
     return {
-        "kernel": specimen.name,
-        "config": specimen.config,
-        "arch": f"sm_{arch}",
+        "kernel": kernel,
+        "config": config,
+        "arch": f"sm_{found.arch}",
         "registers": found.registers,
         "spills": found.spill_instructions,
         "stack_bytes": found.stack_bytes,

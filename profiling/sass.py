@@ -215,18 +215,22 @@ def _usage(text: str, name: str) -> int:
 
 def report(compiled: Compiled) -> Report:
     """Resources and main loop of a compiled kernel."""
-    sass, usage = disassemble(compiled)
+    return parse_report(compiled.arch, *disassemble(compiled), compiled.shared_bytes, compiled.num_warps)
+
+
+def parse_report(arch: int, sass: str, usage: str, shared_bytes: int, num_warps: int) -> Report:
+    """The same from what ``cuobjdump -sass`` and ``-res-usage`` print."""
     instructions = parse_instructions(sass)
     first, end = _main_loop_span(instructions)
     registers = _usage(usage, "REG")
     return Report(
-        arch=compiled.arch,
+        arch=arch,
         registers=registers,
         stack_bytes=_usage(usage, "STACK"),
         spill_instructions=sum(i.kind == "local" for i in instructions),
-        shared_bytes=compiled.shared_bytes,
-        num_warps=compiled.num_warps,
-        blocks_per_sm=CHIPS[compiled.arch].blocks_resident(registers, compiled.shared_bytes, compiled.num_warps),
+        shared_bytes=shared_bytes,
+        num_warps=num_warps,
+        blocks_per_sm=CHIPS[arch].blocks_resident(registers, shared_bytes, num_warps),
         loop=tuple(instructions[first:end]),
         outside=tuple(instructions[:first] + instructions[end:]),
     )

@@ -472,7 +472,46 @@ def _cases(setting: _Setting, stages: tuple[Stage, ...]) -> Iterator[Callable[[]
         yield partial(_descriptor_loss_case, setting)
 
 
+def step_case(
+    arch: str,
+    stage: Stage,
+    batch: int,
+    image_size: int | None = None,
+    recompute: Recompute = "nothing",
+    device: str | torch.device = "cpu",
+) -> tuple[Case, Variant]:
+    """A stage's whole step, to look at: the case, and this project's variant of it. Arguments and errors are those of
+    :func:`bench_train`."""
+    setting = _setting(arch, batch, image_size, (stage,), (recompute,), None, torch.device(device))
+    case = _distill_case(setting) if stage == "distill" else _finetune_case(setting)
+    return case, case.variants[_own_name(recompute)]
+
+
 # --- run ---------------------------------------------------------------------------------------------------
+
+
+def _setting(
+    arch: str,
+    batch: int,
+    image_size: int | None,
+    stages: tuple[Stage, ...],
+    recompute: tuple[Recompute, ...],
+    attention_layers: int | None,
+    device: torch.device,
+) -> _Setting:
+    """Checks the arguments of :func:`bench_train`."""
+    check_positive(batch=batch)
+    config = model_config(arch, "mixvpr" if arch == "nano" else "boq")
+    if image_size is not None:
+        check_positive(image_size=image_size)
+        config = replace(config, backbone=replace(config.backbone, image_size=(image_size, image_size)))
+    if attention_layers is None:
+        attention_layers = 0 if config.backbone.stem == "conv" else ATTENTION_LAYERS
+    if not 0 <= attention_layers <= config.backbone.depth:
+        raise ConfigError(f"attention_layers is {attention_layers}, expected 0 to {config.backbone.depth}")
+    if "finetune" in stages and batch < 4:
+        raise ConfigError(f"batch is {batch}, but stage 2 needs 4 images or more: two places of two")
+    return _Setting(config, batch, device, recompute, attention_layers)
 
 
 def _peak_bytes(case: Case, variant: Variant, device: torch.device) -> int | None:
@@ -554,18 +593,8 @@ def bench_train(
         ModuleNotFoundError: pytorch-metric-learning is not installed (stage 2).
     """
     check_positive(batch=batch, repeats=repeats, threads=threads)
-    config = model_config(arch, "mixvpr" if arch == "nano" else "boq")
-    if image_size is not None:
-        check_positive(image_size=image_size)
-        config = replace(config, backbone=replace(config.backbone, image_size=(image_size, image_size)))
-    if attention_layers is None:
-        attention_layers = 0 if config.backbone.stem == "conv" else ATTENTION_LAYERS
-    if not 0 <= attention_layers <= config.backbone.depth:
-        raise ConfigError(f"attention_layers is {attention_layers}, expected 0 to {config.backbone.depth}")
-    if "finetune" in stages and batch < 4:
-        raise ConfigError(f"batch is {batch}, but stage 2 needs 4 images or more: two places of two")
     device = torch.device(device)
-    setting = _Setting(config, batch, device, recompute, attention_layers)
+    setting = _setting(arch, batch, image_size, stages, recompute, attention_layers, device)
     rows: list[dict[str, Any]] = []
     with _threads(threads):
         facts = {"arch": arch, "batch": batch, "repeats": repeats, **environment(device)}

@@ -75,6 +75,7 @@ _EXTRAS = {
     "folium": "maps",
     "xstatic": "maps",
     "av": "video",
+    "nvtx": "profile",
 }
 
 
@@ -105,6 +106,10 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
     try:
+        if os.environ.get("TETRA_NVTX", "0") not in ("", "0"):
+            from tetra.cli_profile import enable_ranges
+
+            enable_ranges()
         status = app(standalone_mode=False, prog_name="tetra")
         sys.stdout.flush()  # not left to the interpreter's exit, which would report a full disk in its own way
         sys.exit(status)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +18,15 @@ from tetra.cli_parts import (
     user_errors,
     write_json,
 )
+from tetra.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tetra.profiling.static_profile import Comparison
+
+ConfigValues = Annotated[
+    list[str] | None,
+    typer.Option("--config", metavar="NAME=VALUE", help="Only configurations with this value; repeat it."),
+]
 
 kernels_app = typer.Typer(
     no_args_is_help=True, help="What the compiled kernels cost, without a GPU.", rich_markup_mode=None
@@ -117,3 +127,238 @@ def kernels_predict(
         table.add_row(row["gpu"], str(row["batch"]), *numbers, str(row["launches"]), f"{row['overhead_ms']:.3f}", most)
     print_table(table)
     print(f"formula: {rows[0]['formula']}")
+
+
+def _config_values(texts: list[str] | None) -> dict[str, str]:
+    """{"BLOCK_M": "64"} from ["BLOCK_M=64"]."""
+    values = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"--config {text!r}: wanted NAME=VALUE, such as BLOCK_M=64")
+        values[name] = value
+    return values
+
+
+@kernels_app.command("loop")
+def kernels_loop(
+    kernel: Annotated[str, typer.Argument(metavar="KERNEL", help="Such as ternary_matmul.")],
+    arch: Annotated[str, typer.Option("--arch", metavar="ARCH", help="Such as sm_87.")] = "sm_80",
+    config: ConfigValues = None,
+    json: Json = None,
+) -> None:
+    """The main loop of a compiled kernel, instruction by instruction with its class; needs no GPU."""
+    from tetra.kernels.ahead_of_time import check_compiler, parse_arch
+    from tetra.profiling.static_profile import find_specimen, loop_view
+
+    check_json_path(json)
+    values = _config_values(config)
+    with user_errors():
+        number = parse_arch(arch)
+        specimen, n_fitting = find_specimen(kernel, number, values)
+        check_compiler()
+        row = loop_view(specimen, number)
+    write_json(json, row)
+    print(f"{kernel}  {config_text(row['config'])}, {row['arch']}")
+    if n_fitting > 1:
+        print(f"the first of {n_fitting} configurations; --config NAME=VALUE chooses another")
+    what = "main loop" if row["has_loop"] else "all instructions: the kernel has no loop"
+    print(f"\n{what}, {len(row['lines'])} instructions")
+    width = max(len(line["kind"]) for line in row["lines"])
+    for line in row["lines"]:
+        print(f"  {line['address']:#06x}  {line['kind']:<{width}}  {line['text']}")
+    share = row["predicted"]["busy_share"]
+    table = make_table("by class", "class", "instructions", "share", "for each MMA")
+    loop = row["loop"]
+    for kind in sorted(
+        (k for k in loop if loop[k] and k not in ("all", "prmt", "i2f", "mma_shape")), key=lambda k: -loop[k]
+    ):
+        each = f"{loop[kind] / loop['mma']:.2f}" if loop["mma"] else ""
+        table.add_row(kind, str(loop[kind]), f"{loop[kind] / loop['all']:.0%}", each)
+    print_table(table)
+    print(
+        f"{row['registers']} registers, {row['spills']} spills, {row['stack_bytes']} bytes of stack, "
+        f"{row['shared_bytes']} bytes of shared memory (limit {row['shared_bytes_limit']}), {row['num_warps']} warps; "
+        f"{row['ctas_per_sm']} blocks fit a multiprocessor; "
+        f"{row['n_loops']} loops in {row['instructions']} instructions"
+    )
+    busy = ", ".join(f"{unit} {part:.0%}" for unit, part in sorted(share.items(), key=lambda u: -u[1]) if part >= 0.005)
+    print(f"predicted on {row['predicted']['on']}, not measured: limited by {row['limiting_unit']}; busy: {busy}")
+
+
+class Model(str, Enum):
+    """Stock architectures."""
+
+    vit_s = "vit-s"
+    vit_b = "vit-b"
+    nano = "nano"
+
+
+@kernels_app.command("roofline")
+def kernels_roofline(
+    gpu: Annotated[
+        str, typer.Option("--gpu", metavar="NAME", help="Such as H100 or Orin; cpu for this machine's CPU.")
+    ],
+    model: Annotated[Model, typer.Option(help="Architecture whose launches are predicted.")] = Model.vit_b,
+    batch: Annotated[int, typer.Option(min=1, help="Images a pass.")] = 1,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option("--measured", metavar="FILE", help="Of tetra bench --json or tetra tune measure; repeat it."),
+    ] = None,
+    predict: Annotated[bool, typer.Option("--predict/--no-predict", help="Predicted points too.")] = True,
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Draw the chart.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the chart as a page.")] = None,
+    json: Json = None,
+) -> None:
+    """Every kernel's operations a second beside what the chip can do at most; predicted points need no GPU."""
+    from tetra.autotune.hardware import find_product
+    from tetra.config import BACKBONES
+    from tetra.files import atomic_write
+    from tetra.kernels.ahead_of_time import check_compiler
+    from tetra.profiling import roofline_chart as chart
+
+    for path in (json, png, html):
+        check_json_path(path)
+    if png is not None:
+        import matplotlib.figure  # noqa: F401
+    with user_errors():
+        if gpu.lower() == "cpu":
+            import torch
+
+            from tetra.timing import environment
+
+            drawn = chart.cpu_chart(environment(torch.device("cpu"))["device_name"], measured or [])
+        else:
+            product = find_product(gpu)
+            if predict:
+                check_compiler()
+            with progress_bar("predicting") as progress:
+                drawn = chart.gpu_chart(
+                    product, BACKBONES[model.value], batch, measured or [], predict=predict, progress=progress
+                )
+    found = drawn.to_json()
+    write_json(json, found)
+    if png is not None:
+        with atomic_write(png) as file:
+            chart.draw_png(drawn, file)
+    if html is not None:
+        with atomic_write(html) as file:
+            file.write(chart.draw_html(drawn).encode())
+    columns = ("", "figures", "operations a byte", "T operations/s", "us", "share of roof", "roof", "waits for")
+    table = make_table(f"{drawn.device}: roofline", *columns)
+    for point in found["points"]:
+        figures = f"{point['intensity']:.4g}", f"{point['performance'] / 1e12:.4g}", f"{1e6 * point['seconds']:.4g}"
+        share = f"{point['share_of_roof']:.0%}"
+        name = f"{point['name']}  {point['shape']}"
+        table.add_row(name, point["label"], *figures, share, point["roof"], point["limit"])
+    print_table(table)
+    for note in drawn.notes:
+        print(note)
+
+
+@kernels_app.command("check")
+def kernels_check(
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="REV", help="What to compare with: a commit, branch or tag.")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option("--head", metavar="REV", help="What is compared. [default: the files as they are]")
+    ] = None,
+    arch: Annotated[
+        list[str] | None,
+        typer.Option("--arch", metavar="ARCH", help="Such as sm_87; repeat it. [default: sm_80 sm_90]"),
+    ] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option("--kernel", metavar="NAME", help="Only this one; repeat it.")
+    ] = None,
+    config: ConfigValues = None,
+    slack: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--slack", metavar="[CLASS=]PERCENT", help="By how much a count may rise, such as 2 or alu=5. [default: 1]"
+        ),
+    ] = None,
+    repo: Annotated[Path, typer.Option("--repo", metavar="DIR", help="The checkout.")] = Path("."),
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", metavar="FILE", help="A profile to compare with, in place of --base.")
+    ] = None,
+    write_baseline: Annotated[
+        Path | None, typer.Option("--write-baseline", metavar="FILE", help="Write the profile of what is compared.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that compile. [default: as many as there are cores]")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """What a change of the sources does to the compiled kernels and to what the operations launch; needs no GPU.
+
+    Exit status: 0 if nothing is worse beyond the slack, 1 if something is, 2 for bad input.
+    """
+    from tetra.kernels.ahead_of_time import check_compiler, parse_arch
+    from tetra.profiling import static_profile as static
+
+    for path in (json, write_baseline):
+        check_json_path(path)
+    if base is not None and baseline is not None:
+        raise ConfigError("--base and --baseline both say what to compare with; give one of them")
+    if base is None and baseline is None and write_baseline is None:
+        raise ConfigError("nothing to compare with; give --base REV, --baseline FILE or --write-baseline FILE")
+    calls = (Path(static.__file__).with_name("traced_calls.py"), Path(__file__).with_name("traced_model.py"))
+    values = tuple(_config_values(config).items())
+    with user_errors(), progress_bar("profiling") as progress:
+        archs = tuple(dict.fromkeys(parse_arch(name) for name in arch or ("sm_80", "sm_90")))
+        allowed = static.parse_slack(slack or [])
+        check_compiler()
+        before = static.read_profile(baseline) if baseline is not None else None
+        root = static.repository_root(repo)
+        for revision in (base, head):
+            if revision is not None:
+                static.commit_of(root, revision)  # before the kernels are compiled
+        static.check_kernel_files(root, head, kernel or ())
+        request = static.Request(archs, None if kernel is None else tuple(sorted(set(kernel))), values, calls)
+
+        def profile(revision: str | None) -> dict[str, Any]:
+            if revision is None:
+                return static.profile_tree(
+                    root, request, name="the files as they are", workers=workers, progress=progress
+                )
+            with static.tree_of(root, revision) as (tree, commit):
+                name = f"{revision} ({commit})"
+                return static.profile_tree(tree, request, name=name, workers=workers, progress=progress)
+
+        after = profile(head)
+        if kernel is not None:
+            _check_some_found(after, kernel)
+        if write_baseline is not None:
+            write_json(write_baseline, after)
+        if base is not None:
+            before = profile(base)
+        found = static.compare(before, after, allowed) if before is not None else None
+    if found is None:
+        print(f"profile of {after['name']} written to {write_baseline}: {len(after['kernels'])} compiled kernels")
+        return
+    assert before is not None
+    write_json(json, {"base": before["name"], "head": after["name"], "slack_percent": allowed, **found.to_json()})
+    _print_comparison(found, before["name"], after["name"])
+    if found.regressions:
+        raise typer.Exit(1)
+
+
+def _check_some_found(profile: dict[str, Any], kernels: list[str]) -> None:
+    there = {row["kernel"] for row in profile["kernels"]}
+    missing = sorted(set(kernels) - there)
+    if missing:
+        wanted = ", ".join(missing)
+        raise ConfigError(
+            f"{profile['name']}: no compiled kernel {wanted} with such a configuration; see tetra kernels report"
+        )
+
+
+def _print_comparison(found: Comparison, base: str, head: str) -> None:
+    """One line a difference; what is worse first."""
+    print(f"{head} compared with {base}; static counts, nothing was measured")
+    for finding in found.findings:
+        print(f"  {'WORSE' if finding.is_regression else 'note '}  {finding.where}: {finding.text()}")
+    n = len(found.regressions)
+    same = f"{found.n_same} of {found.n_compared} kernels and operations are the same"
+    print(f"{n} regression{'' if n == 1 else 's'}; {same}" if n else f"nothing is worse; {same}")

@@ -1,0 +1,636 @@
+"""Static profile: the main loop of a compiled kernel, line by line, and what a change of the sources does to all of
+them. Needs no GPU, and measures nothing.
+
+A *profile* of a tree of the sources holds
+
+- ``kernels``: a row for every kernel, configuration and architecture: the kernel report (``tetra.profiling.report``),
+  and how many loops there are;
+- ``launches``: a row for every public operation: which kernels it launches, which operations of PyTorch it runs beside
+  them, and how many bytes those copy.
+
+:func:`compare` finds what is worse in one profile than in another. Instructions are compared, not machine code, so that
+a change that only moves lines, or renames, is none. Each tree is read in processes of its own, with the tree on
+PYTHONPATH, by the same instrument (``static_worker``).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tetra.kernels.ahead_of_time import all_specimens, check_kernel, check_known_arch, compile_for, disassemble
+from tetra.kernels.backend import versions
+from tetra.kernels.specimen import Specimen
+from tetra.profiling.report import describe
+from tetra.profiling.sass import KINDS, Report, find_loops, parse_instructions, parse_report
+
+FORMAT, VERSION = "tetra-static-profile", 1
+CACHE_VARIABLE = "TETRA_PROFILE_CACHE"
+SLACK_PERCENT = 1.0
+CLASSES = ("all", *KINDS, "shared_bytes", "copied_bytes")
+"""what a slack can be given for"""
+
+_FOLDER = Path(__file__).parent
+_FOLDERS = ("kernels", "autotune", "profiling", "tetra")
+# What of a configuration says how the work is cut, not which work it is.
+_TILES = re.compile(r"BLOCK_|num_|GROUP|SPLIT|CHUNK|ROWS|QUERIES|WARPS|STAGES")
+
+Progress = Callable[[int, int, str], None]
+
+
+class StaticProfileError(ValueError):
+    """A tree, a revision or a file that can't be profiled or compared."""
+
+
+# --- the main loop, line by line ---------------------------------------------------------------------------
+
+
+def find_specimen(kernel: str, arch: int, config: Mapping[str, str]) -> tuple[Specimen, int]:
+    """The first shipped specimen of ``kernel`` whose configuration has these values (as texts, in any case), and how
+    many have.
+
+    Raises:
+        ValueError: an unknown kernel or architecture; none has; lists the values that there are.
+    """
+    check_known_arch(arch)
+    check_kernel(kernel)
+    specimens = all_specimens(arch, kernel)
+    fitting = [s for s in specimens if all(_text(s.config.get(k)) == v.lower() for k, v in config.items())]
+    if not fitting:
+        known: dict[str, set[str]] = {}
+        for specimen in specimens:
+            for name, value in specimen.config.items():
+                known.setdefault(name, set()).add(_text(value))
+        values = "; ".join(f"{name}={'|'.join(sorted(found))}" for name, found in sorted(known.items()))
+        wanted = ", ".join(f"{k}={v}" for k, v in config.items())
+        raise StaticProfileError(f"config: no specimen of {kernel} for sm_{arch} has {wanted}; there are {values}")
+    return fitting[0], len(fitting)
+
+
+def _text(value: object) -> str:
+    return str(value).lower()
+
+
+def loop_view(specimen: Specimen, arch: int) -> dict[str, Any]:
+    """The main loop of a specimen, compiled for ``arch``.
+
+    Returns:
+        The row of the kernel report, with ``lines``: a mapping an instruction, ``address``, ``text`` and ``kind`` (one
+        of ``KINDS``); and ``n_loops``.
+
+    Raises:
+        RuntimeError: there is no Triton that can compile.
+    """
+    compiled = compile_for(specimen, arch)
+    sass, usage = disassemble(compiled)
+    found = parse_report(arch, sass, usage, compiled.shared_bytes, compiled.num_warps)
+    lines = [
+        {"address": i.address, "text": f"{i.name} {i.operands}".strip(), "kind": i.kind, "access_bytes": _access(i)}
+        for i in found.loop
+    ]
+    return {
+        **describe(specimen.name, specimen.config, found),
+        "n_loops": len(find_loops(parse_instructions(sass))),
+        "lines": lines,
+    }
+
+
+def _access(instruction: Any) -> int | None:
+    kinds = ("lds", "ldsm", "sts", "ldg", "stg", "local", "ldgsts", "atomic")
+    return instruction.access_bytes if instruction.kind in kinds else None
+
+
+# --- profiles of trees -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """What of a tree is profiled.
+
+    Attributes:
+        archs: compute capabilities, 80 for sm_80.
+        kernels: only these files; None for all.
+        config: only configurations with these values.
+        calls: files with ``calls()``, whose launches are counted (see ``traced_calls``).
+    """
+
+    archs: tuple[int, ...]
+    kernels: tuple[str, ...] | None = None
+    config: tuple[tuple[str, str], ...] = ()
+    calls: tuple[Path, ...] = (_FOLDER / "traced_calls.py",)
+
+    def about(self) -> dict[str, Any]:
+        """What has to be the same in two profiles."""
+        return {
+            "archs": [f"sm_{arch}" for arch in self.archs],
+            "kernels": None if self.kernels is None else list(self.kernels),
+            "config": dict(self.config),
+        }
+
+
+def toolchain() -> dict[str, str | None]:
+    """What decides, beside the sources, what a kernel compiles to."""
+    return {"triton": versions()["triton"], "ptxas": os.environ.get("TRITON_PTXAS_PATH")}
+
+
+def profile_tree(
+    tree: Path, request: Request, *, name: str = "", workers: int | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """The profile of the sources in the folder ``tree``; kept by content, so that a second time takes seconds.
+
+    Args:
+        name: of the tree, for messages and in the profile.
+        workers: processes that compile; by default as many as there are cores.
+        progress: called with (number done, number of all, what comes next).
+
+    Raises:
+        StaticProfileError: the tree can't be read or its kernels can't be imported.
+    """
+    tree, name = tree.resolve(), name or str(tree)
+    if not (tree / "kernels" / "ahead_of_time.py").is_file():
+        raise StaticProfileError(f"{name}: has no kernels/ahead_of_time.py, so its kernels can't be compiled from here")
+    work = [("compiled", arch) for arch in request.archs] + [("traced", 0)] * bool(request.calls)
+    rows: dict[str, Any] = {"kernels": [], "launches": {}}
+    for done, (what, arch) in enumerate(work):
+        if progress is not None:
+            progress(done, len(work), f"{name}: " + (f"sm_{arch}" if arch else "launches"))
+        kept = _cache_file(tree, request, what, arch)
+        found = _read_cache(kept)
+        if found is None:
+            found = (
+                _compiled(tree, name, request, arch, workers) if what == "compiled" else _traced(tree, name, request)
+            )
+            _write_cache(kept, found)
+        if what == "compiled":
+            rows["kernels"] += found
+        else:
+            rows["launches"] = found
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": name,
+        "toolchain": toolchain(),
+        "about": request.about(),
+        "measured": False,
+        **rows,
+    }
+
+
+def _ask(tree: Path, request: Mapping[str, Any], backend: str) -> subprocess.Popen[str]:
+    """Starts the worker; its answer is read by :func:`_answer`."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "TETRA_BACKEND": backend}
+    # What is shipped, and not what this user's cache knows.
+    environment |= {"TETRA_TUNING": "static", "TETRA_TUNING_DIR": str(tree / ".no-tuning")}
+    environment.pop("TRITON_INTERPRET", None)
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    # Not as a script, whose folder would come first where modules are looked for.
+    run = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    command = [sys.executable, "-c", run, str(_FOLDER / "static_worker.py")]
+    # Files and not pipes: both ends could wait for each other.
+    with tempfile.TemporaryFile("w+") as asked:
+        json.dump({"tree": str(tree), **request}, asked)
+        asked.seek(0)
+        return subprocess.Popen(
+            command, cwd=tree, env=environment, stdin=asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+
+def _answer(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
+    out, err = process.communicate()
+    if process.returncode:
+        lines = [line for line in err.splitlines() if line.strip() and not line.startswith("USDT")]
+        reason = lines[-1] if lines else f"exit status {process.returncode}"
+        raise StaticProfileError(f"{name}: its kernels can't be read: {reason[:300]}")
+    answer: dict[str, Any] = json.loads(out)
+    return answer
+
+
+def _compiled(tree: Path, name: str, request: Request, arch: int, workers: int | None) -> list[dict[str, Any]]:
+    parts = max(workers or os.cpu_count() or 1, 1)
+    asked = {
+        "what": "compiled",
+        "archs": [arch],
+        "kernels": None if request.kernels is None else list(request.kernels),
+        "config": dict(request.config),
+        "calls": [str(path) for path in request.calls],
+        "parts": parts,
+    }
+    processes = [_ask(tree, {**asked, "part": part}, "auto") for part in range(parts)]
+    try:
+        raw = [row for process in processes for row in _answer(process, name)["compiled"]]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return [_kernel_row(row) for row in sorted(raw, key=lambda row: row["number"])]
+
+
+def _kernel_row(row: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a specimen."""
+    known = {"kernel": row["kernel"], "config": row["config"], "arch": f"sm_{row['arch']}", "function": row["function"]}
+    if "error" in row:
+        return {**known, "error": row["error"]}
+    found = parse_report(row["arch"], row["sass"], row["usage"], row["shared_bytes"], row["num_warps"])
+    return {
+        **describe(row["kernel"], row["config"], found),
+        **known,
+        "n_loops": len(find_loops(parse_instructions(row["sass"]))),
+        "names": _digest(found),
+    }
+
+
+def _digest(found: Report) -> str:
+    """Of the instructions' names, in order: equal where nothing but registers and addresses differs."""
+    names = " ".join(i.name for i in (*found.loop, *found.outside))
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def _traced(tree: Path, name: str, request: Request) -> dict[str, Any]:
+    asked = {
+        "what": "traced",
+        "kernels": None if request.kernels is None else list(request.kernels),
+        "calls": [str(path) for path in request.calls],
+    }
+    found: dict[str, Any] = _answer(_ask(tree, asked, "interpreter"), name)["traced"]
+    return found
+
+
+# --- kept by content ---------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where profiles are kept: ``TETRA_PROFILE_CACHE``, or a folder in the user's cache."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tetra" / "static-profile"
+
+
+@cache
+def _source_digest(text: bytes, is_python: bool) -> bytes:
+    if is_python:
+        with contextlib.suppress(SyntaxError, ValueError):
+            text = ast.dump(ast.parse(text)).encode()
+    return hashlib.sha256(text).digest()
+
+
+def sources_hash(tree: Path, folders: Iterable[str]) -> str:
+    """Of the sources in these folders of a tree, as far as they can change a result: comments don't count."""
+    digest = hashlib.sha256()
+    for path in sorted(p for folder in folders for p in (tree / folder).rglob("*") if p.suffix in (".py", ".json")):
+        digest.update(path.relative_to(tree).as_posix().encode() + b"\0")
+        digest.update(_source_digest(path.read_bytes(), path.suffix == ".py"))
+    return digest.hexdigest()
+
+
+def _cache_file(tree: Path, request: Request, what: str, arch: int) -> Path:
+    # Launches are also made by the model; what compiles depends on kernels, on what chooses among them, and on shapes.
+    folders = ("kernels", "autotune") if what == "compiled" else ("kernels", "autotune", "tetra")
+    instrument = [_FOLDER / name for name in ("static_worker.py", "static_profile.py", "sass.py", "report.py")]
+    instrument += [_FOLDER / "roofline.py", _FOLDER.parent / "autotune" / "hardware.py", *request.calls]
+    parts = [
+        sources_hash(tree, folders),
+        _source_digest((tree / "tetra" / "config.py").read_bytes(), True).hex(),
+        *(hashlib.sha256(path.read_bytes()).hexdigest() for path in instrument if path.is_file()),
+        json.dumps([what, arch, request.about(), toolchain(), versions()], sort_keys=True),
+    ]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return cache_folder() / f"{what}-{key[:32]}.json"
+
+
+def _read_cache(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):  # not there, or damaged: it is made again
+        return None
+
+
+def _write_cache(path: Path, value: object) -> None:
+    with contextlib.suppress(OSError):  # a cache that can't be written only makes the next time slower
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        temporary.write_text(json.dumps(value))
+        temporary.replace(path)
+
+
+# --- revisions and files -----------------------------------------------------------------------------------
+
+
+def _git(repository: Path, *args: str) -> bytes:
+    try:
+        done = subprocess.run(["git", "-C", str(repository), *args], capture_output=True, check=False)
+    except OSError as error:
+        raise StaticProfileError(f"git can't be run: {error.strerror}; install it, or use --baseline FILE") from error
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise StaticProfileError(f"git {args[0]}: {lines[0] if lines else 'failed'}")
+    return done.stdout
+
+
+def repository_root(path: Path) -> Path:
+    """The checkout that ``path`` lies in. StaticProfileError if it is in none, or in one of another project."""
+    if not path.is_dir():
+        raise StaticProfileError(f"{path}: no such folder; name a checkout of the sources")
+    root = Path(_git(path, "rev-parse", "--show-toplevel").decode().strip())
+    if not (root / "kernels").is_dir() or not (root / "tetra").is_dir():
+        raise StaticProfileError(
+            f"{root}: is no checkout of the sources (no kernels/ and tetra/); name one with --repo"
+        )
+    return root
+
+
+def commit_of(repository: Path, revision: str) -> str:
+    """The commit's full name. StaticProfileError for what is no revision."""
+    if revision.startswith("-"):
+        raise StaticProfileError(f"{revision!r} is not a revision")
+    try:
+        return _git(repository, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").decode().strip()
+    except StaticProfileError:
+        raise StaticProfileError(f"{revision!r} is not a revision of {repository}; git log shows them") from None
+
+
+def check_kernel_files(repository: Path, revision: str | None, kernels: Iterable[str]) -> None:
+    """StaticProfileError for a kernel without a file in ``revision``, or in the files as they are."""
+    for kernel in kernels:
+        if revision is None:
+            there = re.fullmatch(r"\w+", kernel) is not None and (repository / "kernels" / f"{kernel}.py").is_file()
+        else:
+            there = bool(_git(repository, "ls-tree", "--name-only", revision, f"kernels/{kernel}.py"))
+        if not there:
+            raise StaticProfileError(
+                f"kernel: there is no kernels/{kernel}.py in {revision or 'the files as they are'}"
+            )
+
+
+@contextlib.contextmanager
+def tree_of(repository: Path, revision: str) -> Iterator[tuple[Path, str]]:
+    """A folder with the sources of ``revision`` (any name that git knows), which goes when the context ends, and the
+    commit's abbreviated name. StaticProfileError for an unknown revision or one without kernels."""
+    commit = commit_of(repository, revision)
+    there = set(_git(repository, "ls-tree", "--name-only", commit).decode().splitlines())
+    if not {"kernels", "tetra", "pyproject.toml"} <= there:
+        raise StaticProfileError(f"{revision}: has no kernels/ and tetra/; name a later revision")
+    wanted = [name for name in (*_FOLDERS, "pyproject.toml") if name in there]
+    archive = _git(repository, "archive", commit, *wanted)
+    with tempfile.TemporaryDirectory(prefix="tetra-tree-") as folder:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as file:
+            file.extractall(folder, filter="data")
+        yield Path(folder), commit[:12]
+
+
+def read_profile(path: Path) -> dict[str, Any]:
+    """A profile that was written as JSON. StaticProfileError for any other file."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise StaticProfileError(f"{path}: can't be read: {error.strerror}; write it with --write-baseline") from error
+    except ValueError:
+        raise StaticProfileError(f"{path}: is not JSON, or truncated; write it again with --write-baseline") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise StaticProfileError(f"{path}: is no static profile; write one with --write-baseline")
+    if found.get("version") != VERSION:
+        raise StaticProfileError(f"{path}: version {found.get('version')!r}, wanted {VERSION}; write it again")
+    wanted = {"toolchain": dict, "about": dict, "kernels": list, "launches": dict, "name": str}
+    wrong = [key for key, kind in wanted.items() if not isinstance(found.get(key), kind)]
+    if wrong or not all(
+        isinstance(row, dict) and {"kernel", "arch", "config"} <= row.keys() for row in found["kernels"]
+    ):
+        raise StaticProfileError(f"{path}: lacks {', '.join(wrong) or 'a row of a kernel'}; write it again")
+    return found
+
+
+# --- comparing ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One difference.
+
+    Attributes:
+        where: kernel, configuration and architecture, or the operation.
+        what: such as "alu of the loop"; see :meth:`text`.
+        base, head: the figures.
+        is_regression: whether it is worse, and beyond the slack.
+        note: said in place of figures.
+    """
+
+    where: str
+    what: str
+    base: int
+    head: int
+    is_regression: bool
+    note: str = ""
+
+    def text(self) -> str:
+        """Such as "adds 12 alu to the loop (340 -> 352)"."""
+        if self.note:
+            return self.note
+        change = self.head - self.base
+        verb, to = ("adds", "to") if change > 0 else ("removes", "from")
+        if self.what in CLASSES and not self.what.endswith("_bytes"):
+            what = "instructions" if self.what == "all" else self.what
+            return f"{verb} {abs(change):,} {what} {to} the loop ({self.base:,} -> {self.head:,})"
+        return f"{verb} {abs(change):,} {self.what.replace('_', ' ')} ({self.base:,} -> {self.head:,})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` found: differences, worst first, and how many rows were the same."""
+
+    findings: list[Finding]
+    n_compared: int
+    n_same: int
+
+    @property
+    def regressions(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.is_regression]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        rows = [{**asdict(finding), "text": finding.text()} for finding in self.findings]
+        return {
+            "regressions": len(self.regressions),
+            "compared": self.n_compared,
+            "same": self.n_same,
+            "findings": rows,
+        }
+
+
+def parse_slack(texts: Sequence[str]) -> dict[str, float]:
+    """Percent by class from texts such as "2" (all classes) and "alu=5". StaticProfileError for others."""
+    slack = dict.fromkeys(CLASSES, SLACK_PERCENT)
+    slack["copied_bytes"] = 0.0
+    for text in sorted(texts, key=lambda text: "=" in text):  # those for all classes first
+        name, _, number = text.rpartition("=")
+        try:
+            percent = float(number)
+        except ValueError:
+            percent = -1.0
+        if name not in ("", *CLASSES) or not 0 <= percent < float("inf"):
+            known = ", ".join(CLASSES)
+            raise StaticProfileError(f"slack: {text!r}; wanted PERCENT or CLASS=PERCENT with one of {known}")
+        slack |= dict.fromkeys([name] if name else CLASSES, percent)
+    return slack
+
+
+def _where(row: Mapping[str, Any]) -> str:
+    config = " ".join(f"{k.removeprefix('BLOCK_').removeprefix('num_')}={v}" for k, v in row["config"].items())
+    return f"{row['kernel']} {row['arch']} {config}"
+
+
+def _identity(row: Mapping[str, Any], tiles: bool = True) -> str:
+    config = {k: v for k, v in row["config"].items() if tiles or not _TILES.search(k)}
+    return json.dumps([row["kernel"], row.get("function"), row["arch"], config], sort_keys=True)
+
+
+def compare(base: Mapping[str, Any], head: Mapping[str, Any], slack: Mapping[str, float] | None = None) -> Comparison:
+    """What is different in ``head``, and what of it is worse beyond the slack.
+
+    Regressions are: more instructions of a class in the main loop, or more shared memory, by more than the class's
+    slack; any new spill or stack; registers or shared memory with which fewer blocks fit a multiprocessor; more loops;
+    code that no longer compiles; an operation that launches more kernels, runs more operations of PyTorch, or copies
+    more bytes. A configuration that is new has to compile, fit and not spill; one that took the place of another is
+    compared with it.
+
+    Args:
+        slack: percent by class, see :func:`parse_slack`.
+
+    Raises:
+        StaticProfileError: the two can't be compared: other toolchains, or other kernels were looked at.
+    """
+    slack = parse_slack([]) if slack is None else slack
+    for key, fix in (("toolchain", "compile both with one"), ("about", "profile both with the same options")):
+        if base[key] != head[key]:
+            raise StaticProfileError(
+                f"{base['name']} and {head['name']} can't be compared: {key} {json.dumps(base[key])} and "
+                f"{json.dumps(head[key])}; {fix}, or write the baseline again"
+            )
+    findings: list[Finding] = []
+    n_compared = n_same = 0
+    old = {_identity(row): row for row in base["kernels"]}
+    new = {_identity(row): row for row in head["kernels"]}
+    pairs = [(old[key], new[key]) for key in old.keys() & new.keys()]
+    gone, added = ([rows[key] for key in rows.keys() - other.keys()] for rows, other in ((old, new), (new, old)))
+    retiled = _retiled(gone, added)
+    for before, after in sorted(pairs, key=lambda pair: _where(pair[0])):
+        found = _compare_rows(before, after, slack)
+        findings += found
+        n_compared += 1
+        n_same += not found
+    for before, after in retiled:
+        findings.append(Finding(_where(after), "configuration", 0, 0, False, f"took the place of {_where(before)}"))
+        findings += _compare_rows(before, after, None)
+        n_compared += 1
+    for row in (row for row in added if not any(row is after for _, after in retiled)):
+        findings += _check_new(row)
+    for row in (row for row in gone if not any(row is before for before, _ in retiled)):
+        findings.append(Finding(_where(row), "configuration", 1, 0, False, "is gone"))
+    for name in sorted(base["launches"].keys() | head["launches"].keys()):
+        found = _compare_launches(name, base["launches"].get(name), head["launches"].get(name), slack)
+        findings += found
+        n_compared += 1
+        n_same += not found
+    return Comparison(sorted(findings, key=lambda finding: not finding.is_regression), n_compared, n_same)
+
+
+def _retiled(gone: list[dict[str, Any]], added: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pairs that do the same work in another configuration, where it is clear which belongs to which."""
+    by_work: dict[str, list[list[dict[str, Any]]]] = {}
+    for side, rows in enumerate((gone, added)):
+        for row in rows:
+            by_work.setdefault(_identity(row, tiles=False), [[], []])[side].append(row)
+    return [(old[0], new[0]) for old, new in by_work.values() if len(old) == len(new) == 1]
+
+
+def _compare_rows(
+    before: Mapping[str, Any], after: Mapping[str, Any], slack: Mapping[str, float] | None
+) -> list[Finding]:
+    """Of one kernel; without ``slack`` its work is cut another way, and only what is always bad counts."""
+    where = _where(after)
+    if "error" in after or "error" in before:
+        if "error" in after and "error" not in before:
+            return [Finding(where, "compiles", 1, 0, True, f"no longer compiles: {after['error']}")]
+        return [] if "error" in after else [Finding(where, "compiles", 0, 1, False, "compiles now")]
+    found: list[Finding] = []
+
+    def differs(what: str, old: int, new: int, worse: bool) -> None:
+        if old != new:
+            found.append(Finding(where, what, old, new, worse))
+
+    for what in ("spills", "stack_bytes"):
+        differs(what, before[what], after[what], after[what] > before[what])
+    fewer = after["ctas_per_sm"] < before["ctas_per_sm"]
+    if before["ctas_per_sm"] != after["ctas_per_sm"]:
+        resources = ", ".join(
+            f"{name.replace('_', ' ')} {before[name]} -> {after[name]}"
+            for name in ("registers", "shared_bytes", "num_warps")
+            if before[name] != after[name]
+        )
+        text = f"{before['ctas_per_sm']} -> {after['ctas_per_sm']} blocks fit a multiprocessor ({resources})"
+        lost = fewer and (slack is not None or not after["ctas_per_sm"])
+        found.append(Finding(where, "ctas_per_sm", before["ctas_per_sm"], after["ctas_per_sm"], lost, text))
+    if slack is None:
+        return found
+    differs("loops", before["n_loops"], after["n_loops"], after["n_loops"] > before["n_loops"])
+    for what in CLASSES:
+        if what == "copied_bytes":
+            continue
+        old, new = (row[what] if what == "shared_bytes" else row["loop"][what] for row in (before, after))
+        differs(what, old, new, new > old * (1 + slack[what] / 100))
+    return found
+
+
+def _check_new(row: Mapping[str, Any]) -> list[Finding]:
+    where = _where(row)
+    if "error" in row:
+        return [Finding(where, "compiles", 0, 0, True, f"is new and does not compile: {row['error']}")]
+    bad = []
+    if row["spills"] or row["stack_bytes"]:
+        bad.append(f"spills ({row['spills']} instructions, {row['stack_bytes']} bytes of stack)")
+    if not row["ctas_per_sm"]:
+        bad.append(f"does not fit ({row['registers']} registers, {row['shared_bytes']} bytes of shared memory)")
+    text = f"is new and {' and '.join(bad)}" if bad else "is new"
+    return [Finding(where, "configuration", 0, 1, bool(bad), text)]
+
+
+def _compare_launches(
+    name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, slack: Mapping[str, float]
+) -> list[Finding]:
+    if before is None or after is None:
+        return [Finding(name, "operation", 0, 0, False, "is new" if before is None else "is gone")]
+    if "error" in after or "error" in before:
+        if "error" in after and "error" not in before:
+            return [Finding(name, "runs", 1, 0, True, f"can no longer be called as before: {after['error']}")]
+        return [] if "error" in after else [Finding(name, "runs", 0, 1, False, "can be compared from now on")]
+    found = []
+    groups = {"launches": "launches of {}", "torch": "{} of PyTorch"}
+    total_before, total_after = (sum(sum(row[group].values()) for group in groups) for row in (before, after))
+    more = total_after > total_before  # one that takes the place of another is none more
+    for group, what in groups.items():
+        old, new = Counter(before[group]), Counter(after[group])
+        for operation in sorted(old.keys() | new.keys()):
+            a, b = old[operation], new[operation]
+            if a != b:
+                text = f"{what.format(operation)}: {a} -> {b}"
+                found.append(Finding(name, operation, a, b, more and b > a, text))
+    a, b = before["copied_bytes"], after["copied_bytes"]
+    if a != b:
+        found.append(Finding(name, "copied_bytes", a, b, b > a * (1 + slack["copied_bytes"] / 100)))
+    return found

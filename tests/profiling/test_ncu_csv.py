@@ -1,0 +1,114 @@
+"""Tables of Nsight Compute. The files in data/ are of an H200, with fewer columns than it printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nsys_files import assert_table_or_one_line
+
+from tetra.profiling.events import ReadError, readable, table
+from tetra.profiling.ncu_csv import ranges_of
+from tetra.profiling.readers import read
+
+DATA = Path(__file__).parent / "data"
+COMPLETE, CUT_OFF = DATA / "ncu_basic.csv", DATA / "ncu_cut_off.csv"
+
+
+def test_a_complete_run() -> None:
+    profile = read(COMPLETE)
+    assert (profile.tool, profile.device, len(profile.activities), profile.notices) == ("ncu", "NVIDIA H200", 12, [])
+    assert {activity.path for activity in profile.activities} == {("tetra.describe",)}
+    first = profile.activities[0]
+    assert first.duration_ns == 3520
+    assert first.metrics["launch__registers_per_thread"] == 18
+    assert first.metrics["sm__warps_active.avg.pct_of_peak_sustained_active"] == 25.52
+    (row,) = table(profile, "range")
+    assert (row.name, row.time_ns, row.calls) == ("tetra.describe", profile.total_ns, None)
+
+
+def test_a_run_that_was_cut_off_gives_what_there_was_and_says_so() -> None:
+    profile = read(CUT_OFF)
+    assert len(profile.activities) == 33
+    assert 'Failed to profile "_layer_norm_kernel"' in profile.notices[0]
+    read_bytes, written = 616_448, 1_024  # of the first launch, in the file with separators
+    assert profile.activities[0].n_bytes == read_bytes + written
+    kernels = {readable(row.name): row for row in table(profile)}
+    norm = kernels["_layer_norm_kernel"]
+    assert (norm.time_ns, norm.count) == (9824, 3)
+    assert "sass__inst_executed_register_spilling_mem_local" not in norm.metrics  # "no data" is not 0
+
+
+HEADER = (
+    '"ID","Host Name","thread Domain:Push/Pop_Range:PL_Type:PL_Value:CLR_Type:Color:Msg_Type:Msg","Kernel Name",'
+    '"dram__bytes_read.sum","gpu__time_duration.sum"'
+)
+
+
+def test_units_and_separators(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(
+        '==PROF== Connected to process 1\nprogram: "ID" of a picture\n'
+        f'{HEADER}\n"","","","","Mbyte","usecond"\n'
+        '"0","h","1  ""tetra:describe:int64:12:argb:4280250251:str:none"" '
+        '""tetra:blocks.0:none:none:none:none:none:none"" '
+        '","a<int, (bool)1>(int)","1.5","1,234.5"\n'
+        '==PROF== Profiling "b": 0%....50%....100% - 9 passes\n'
+        "the program speaks\n"
+        '"1","h","","b","no data","2"\n"2","h","","b","1","n/a"\n"3","h","","b"\n'
+    )
+    profile = read(path)
+    a, b, c = profile.activities
+    assert (a.duration_ns, a.n_bytes, a.path) == (1_234_500, 1_500_000, ("describe", "blocks.0"))
+    assert (b.duration_ns, b.n_bytes, b.path) == (2000, None, ())
+    assert (c.duration_ns, c.n_bytes) == (0, 1_000_000)
+    assert profile.notices == ["1 rows of the table were cut short and left out"]
+
+
+def test_names_with_colons() -> None:
+    assert ranges_of('7  "<default domain>:at::copy:none:none:none:none:none:none" ') == ("at::copy",)
+    assert ranges_of("") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("==PROF== Connected\n==ERROR== ERR_NVGPUCTRPERM - no permission\n", "ERR_NVGPUCTRPERM"),
+        ("==PROF== Connected\n==WARNING== No kernels were profiled.\n", "printed no table"),
+        (
+            '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n"0","k","Duration","us","3"\n',
+            "another page",
+        ),
+        ('"ID","Name"\n"0","k"\n', "no column 'Kernel Name'"),
+        (f'{HEADER}\n"","","","","byte","ns"\n', "no kernels"),
+        (f'{HEADER},"gpu__time_duration.sum"\n', "one name twice"),
+    ],
+)
+def test_tables_that_say_nothing(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(ReadError, match=words) as error:
+        read(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_table_without_times_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('"ID","Kernel Name","launch__registers_per_thread"\n"","","x"\n"0","k","32"\n')
+    profile = read(path)
+    assert profile.total_ns == 0
+    assert "gpu__time_duration.sum" in profile.notices[0]
+    assert table(profile)[0].share == 0.0
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_tables_never_end_in_a_traceback(tmp_path: Path, data: st.DataObject) -> None:
+    text = COMPLETE.read_bytes()
+    start = data.draw(st.integers(0, len(text)))
+    middle = data.draw(st.binary(max_size=40))
+    path = tmp_path / "a.csv"
+    path.write_bytes(text[:start] + middle + text[data.draw(st.integers(start, len(text))) :])
+    assert_table_or_one_line(path)

@@ -1,0 +1,254 @@
+"""``tetra profile`` as scripts see it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import Runner, assert_refused, photo, read_json
+from nsys_files import two_blocks
+
+from tetra.profiling import ranges
+from tetra.profiling.events import Row, table
+from tetra.profiling.readers import read
+
+DATA = Path(__file__).parent / "profiling" / "data"
+TETRA = Path(sys.executable).with_name("tetra")
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is first on the PATH, for tools; without it there are none."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.defpath}")
+    return folder
+
+
+def tool(folder: Path, name: str, body: str) -> None:
+    file = folder / name
+    file.write_text(
+        f"#!{sys.executable}\nimport os, pathlib, shutil, subprocess, sys\narguments = sys.argv[1:]\n{body}"
+    )
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+
+
+# An nsys that runs the command, and "exports" a database that is there.
+NSYS = """
+if arguments[0] == "profile":
+    program = arguments[1:]
+    while program[0].startswith("-"): program.pop(0)
+    output = next(a[9:] for a in arguments if a.startswith("--output="))
+    pathlib.Path(output).write_text(os.environ.get("TETRA_NVTX_CAPTURE", "all"))
+    sys.exit(subprocess.run(program).returncode)
+output = next(a[9:] for a in arguments if a.startswith("--output="))
+shutil.copy(DATABASE, output)
+"""
+
+
+def test_nsys_from_the_command_to_the_report(tetra: Runner, path: Path, tmp_path: Path) -> None:
+    tool(path, "nsys", NSYS.replace("DATABASE", repr(str(two_blocks(tmp_path / "given.sqlite")))))
+    command = ("--", sys.executable, "-c", "import os; print('NVTX', os.environ['TETRA_NVTX'])")
+    result = tetra("profile", "nsys", "-o", tmp_path / "run", "--range", "describe", "--skip", 2, *command)
+    assert (result.status, result.out) == (0, "NVTX 1\n")
+    assert f"tetra profile read {tmp_path / 'run.sqlite'}" in result.err
+    assert (tmp_path / "run.nsys-rep").read_text() == "describe:2:1"
+    result = tetra("profile", "read", tmp_path / "run.sqlite", "--json", tmp_path / "report.json")
+    assert result.status == 0
+    assert "NVIDIA H200" in result.out
+    report = read_json(tmp_path / "report.json")
+    assert (report["tool"], report["by"], report["total_ns"]) == ("nsys", "range", 1050)
+    assert [(row["name"], row["time_ns"]) for row in report["rows"]] == [
+        ("describe", 1050),
+        ("blocks.0", 500),
+        ("blocks.1", 500),
+    ]
+
+
+def test_the_status_of_the_command(tetra: Runner, path: Path, tmp_path: Path) -> None:
+    tool(path, "nsys", NSYS.replace("DATABASE", repr(str(two_blocks(tmp_path / "given.sqlite")))))
+    result = tetra("profile", "nsys", "-o", tmp_path / "run", "--", sys.executable, "-c", "import sys; sys.exit(7)")
+    assert result.status == 7
+    assert "ended with status 7" in result.err
+    assert (tmp_path / "run.sqlite").exists()
+    tool(path, "nsys", "os.kill(os.getpid(), 15)")
+    result = tetra("profile", "nsys", "-o", tmp_path / "run", "--", "true")
+    assert result.status == 128 + 15
+    tool(path, "nsys", "")
+    assert_refused(tetra("profile", "nsys", "-o", tmp_path / "other", "--", "true"), "was not written")
+
+
+def test_ncu_without_permission(tetra: Runner, path: Path, tmp_path: Path) -> None:
+    tool(path, "ncu", "print('==ERROR== ERR_NVGPUCTRPERM - no permission', file=sys.stderr); sys.exit(1)")
+    result = tetra("profile", "ncu", "-o", tmp_path / "run", "--", "true")
+    assert result.status == 2
+    last = result.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    for words in ("NVreg_RestrictProfilingToAdminUsers=0", "CAP_SYS_ADMIN", "as root"):
+        assert words in last
+
+
+@pytest.mark.parametrize(("name", "words"), [("nsys", "Nsight Systems"), ("ncu", "Nsight Compute")])
+def test_missing_tools_leave_the_command_and_advice(tetra: Runner, path: Path, name: str, words: str) -> None:
+    result = tetra("profile", name, "--", "tetra", "info", "nano")
+    assert_refused(result, name, words, "install")
+    assert result.out.startswith(f"TETRA_NVTX=1 {name} ")
+    assert result.out.splitlines()[0].endswith(" tetra info nano")
+    dry = tetra("profile", name, "--dry-run", "--", "tetra", "info", "nano")
+    assert (dry.status, dry.out, dry.err) == (0, result.out, "")
+
+
+def test_a_program_that_is_not_there(tetra: Runner, path: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "t.json"
+    assert_refused(tetra("profile", "torch", "-o", trace, "--", tmp_path / "python3", "a.py"), "python3")
+    assert_refused(tetra("profile", "torch", "-o", trace, "--", "nowhere-at-all"), "no such program")
+    assert_refused(tetra("profile", "torch", "-o", trace), "after --")
+    assert_refused(tetra("profile", "torch", "-o", tmp_path / "t.txt", "--", "a.py"), ".json")
+    assert_refused(tetra("profile", "torch", "--skip", 3, "--", "a.py"), "--range")
+
+
+def rows(path: Path) -> dict[str, Row]:
+    return {row.name: row for row in table(read(path), "range")}
+
+
+def test_torch_traces_a_tetra_command(tmp_path: Path, model_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The installed command, from one process to the next."""
+    for i in range(4):
+        photo(tmp_path / f"photos/{i}.png", i)
+    trace = tmp_path / "trace.json.gz"
+    match = [TETRA, "match", model_file, tmp_path / "photos", tmp_path / "photos", "--k", "1", "--batch-size", "2"]
+    command = [
+        TETRA,
+        "profile",
+        "torch",
+        "-o",
+        trace,
+        "--range",
+        "describe",
+        "--skip",
+        "1",
+        "--count",
+        "2",
+        "--",
+        *match,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0.png" in done.stdout
+    found = rows(trace)
+    assert found["describe"].calls == 2  # of four
+    assert {"stem", "blocks.0", "blocks.1", "mlp.up", "head"} <= set(found)
+    assert "load model" not in found  # before the part that was recorded
+    assert found["describe"].input_bytes == 2 * (2 * 3 * 32 * 32)
+    shapes = {span.shape for span in read(trace).spans if span.name == "describe"}
+    assert shapes == {(2, 3, 32, 32)}
+
+
+SCRIPT = """
+import sys, torch, helper
+assert sys.argv[1:] == ["--x", "1"] and __name__ == "__main__", sys.argv
+torch.ones(64) + 1
+from tetra.profiling import ranges
+with ranges.span("mine"):
+    torch.ones(64) * 2
+sys.exit(3)
+"""
+
+
+def test_torch_traces_a_script_and_keeps_its_status(tetra: Runner, tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("")  # beside the script, where Python finds it
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    result = tetra("profile", "torch", "-o", tmp_path / "t.json", "--", sys.executable, "-u", script, "--x", 1)
+    assert result.status == 3, result.err
+    found = rows(tmp_path / "t.json")
+    assert found["mine"].time_ns > 0
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    script.write_text("raise SystemError('broken')")
+    result = tetra("profile", "torch", "-o", tmp_path / "u.json", "--range", "nothing", "--", script)
+    assert result.status == 1
+    assert "status 1" in result.err
+    assert not (tmp_path / "u.json").exists()  # since no such range came
+    assert sorted(p.name for p in tmp_path.glob(".*")) == []
+
+
+def test_reading_what_the_tools_wrote(tetra: Runner) -> None:
+    result = tetra("profile", "read", DATA / "trace.json.gz", "--by", "kernel", "--top", 3)
+    assert result.status == 0
+    assert "NVIDIA H200, 160 launches" in result.out
+    assert "fmha_cutlassF" in result.out
+    assert "more; --top" in result.out
+    result = tetra("profile", "read", DATA / "ncu_cut_off.csv", "--by", "kernel")
+    assert result.status == 0
+    for column in ("tensor %", "int8 %", "ALU %", "XU %", "conflicts", "L2 %", "DRAM %", "occupancy %", "registers"):
+        assert column in result.out, column
+    assert "Failed to profile" in result.err
+    result = tetra("profile", "read", DATA / "ncu_basic.csv")
+    assert "tetra.describe" in result.out
+
+
+def test_files_without_ranges_say_so(tetra: Runner, tmp_path: Path) -> None:
+    kernel = {"ph": "X", "cat": "kernel", "name": "k", "pid": 0, "tid": 7, "ts": 1, "dur": 2}
+    (tmp_path / "t.json").write_text(json.dumps({"traceEvents": [kernel]}))
+    result = tetra("profile", "read", tmp_path / "t.json")
+    assert result.status == 0
+    assert "TETRA_NVTX=1" in result.err
+    assert "(no range)" in result.out
+
+
+def test_files_that_cannot_be_read(tetra: Runner, tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "text").write_bytes(b"\xff\xfehello")
+    assert_refused(tetra("profile", "read", tmp_path / "empty"), "empty")
+    assert_refused(tetra("profile", "read", tmp_path / "text"), "neither")
+    assert_refused(tetra("profile", "read", tmp_path), "folder")
+    assert_refused(tetra("profile", "read", tmp_path / "nowhere"), "No such file")
+    assert_refused(tetra("profile", "diff", DATA / "trace.json.gz", tmp_path / "run.nsys-rep"), "nsys export")
+
+
+def test_top_movers(tetra: Runner, tmp_path: Path) -> None:
+    before = two_blocks(tmp_path / "a.sqlite")
+    after = two_blocks(tmp_path / "b.sqlite", scale=3, extra=["new_kernel"])
+    result = tetra("profile", "diff", before, after, "--json", tmp_path / "diff.json")
+    assert (result.status, result.err) == (0, "")
+    lines = [line for line in result.out.splitlines() if "_kernel" in line]
+    assert [line.split()[1] for line in lines] == ["_ternary_matmul_kernel", "_row_quantize_kernel", "new_kernel"]
+    assert "new" in lines[2]
+    found = read_json(tmp_path / "diff.json")
+    assert found["movers"][0]["ratio"] == 3.0
+    assert sum(mover["change_ns"] for mover in found["movers"]) == found["total_after_ns"] - found["total_before_ns"]
+    result = tetra("profile", "diff", before, DATA / "trace.json.gz", "--by", "range")
+    assert "don't time alike" in result.err
+
+
+def test_what_ranges_cost(tetra: Runner, model_file: Path, tmp_path: Path) -> None:
+    result = tetra("profile", "overhead", model_file, "--rounds", 3, "--device", "cpu", "--json", tmp_path / "o.json")
+    assert result.status == 0, result.err
+    assert not ranges.is_enabled()
+    found = read_json(tmp_path / "o.json")
+    assert found["rounds"] == 3
+    assert all(found[f"{state}_ms"] > 0 for state in ("never", "again", "off", "on"))
+    assert {"noise", "off_cost", "on_cost", "device_name"} <= set(found)
+    ranges.enable()
+    try:
+        assert_refused(tetra("profile", "overhead", model_file, "--rounds", 3), "without TETRA_NVTX")
+    finally:
+        ranges.disable()
+
+
+def test_the_variable_turns_ranges_on(tetra: Runner, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        for value, is_on in (("0", False), ("", False), ("1", True)):
+            monkeypatch.setenv(ranges.VARIABLE, value)
+            assert tetra("info", model_file).status == 0
+            assert ranges.is_enabled() == is_on
+        ranges.disable()
+        monkeypatch.setenv(ranges.CAPTURE_VARIABLE, "describe:a")
+        assert_refused(tetra("info", model_file), "describe:a", "RANGE:SKIP:COUNT")
+    finally:
+        ranges.disable()
