@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # The models here are tiny: a second thread only waits for the first, in this process and in those it starts.
@@ -18,6 +21,12 @@ from tetra.kernels.backend import backend_for
 from tetra.model import TetraModel
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What was tuned or saved on this machine is not asked and not touched.
+_OWN_FILES = tempfile.mkdtemp(prefix="tetra-tests-")
+atexit.register(shutil.rmtree, _OWN_FILES, ignore_errors=True)
+os.environ["TETRA_TUNING_DIR"] = os.path.join(_OWN_FILES, "tuning")
+os.environ["TETRA_DIARY"] = os.path.join(_OWN_FILES, "diary.jsonl")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,14 +40,15 @@ class Times:
     def median(self) -> float:
         return statistics.median(self.calls)
 
-    def figures(self) -> dict[str, float]:
-        """``median_ms``, ``p95_ms``, ``min_ms`` and ``first_call_ms``."""
+    def figures(self) -> dict[str, Any]:
+        """``median_ms``, ``p95_ms``, ``min_ms``, ``first_call_ms`` and ``samples_ms``, every timed call."""
         p95 = sorted(self.calls)[min(round(0.95 * len(self.calls)), len(self.calls) - 1)]
         return {
             "median_ms": 1e3 * self.median,
             "p95_ms": 1e3 * p95,
             "min_ms": 1e3 * min(self.calls),
             "first_call_ms": 1e3 * self.first,
+            "samples_ms": [1e3 * taken for taken in self.calls],
         }
 
 
