@@ -10,6 +10,7 @@ the growing arrays of a :class:`Tail`. What has a length of its own (ids, metada
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import struct
 import threading
@@ -17,7 +18,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -291,9 +292,9 @@ def decode(payload: bytes, n_code_bytes: int, n_dims: int | None) -> Added | Rem
 
     def take(dtype: str, *shape: int) -> npt.NDArray[Any]:
         nonlocal position
-        array = np.frombuffer(payload, dtype=dtype, count=int(np.prod(shape, dtype=np.int64)), offset=position)
+        array = np.frombuffer(payload, dtype=dtype, count=math.prod(shape), offset=position)
         position += array.nbytes
-        return array.reshape(shape)
+        return array if len(shape) == 1 else array.reshape(shape)
 
     def take_blobs(dtype: str) -> Blobs:
         lengths = take(dtype, n)
@@ -318,6 +319,37 @@ def decode(payload: bytes, n_code_bytes: int, n_dims: int | None) -> Added | Rem
     if position != len(payload):
         raise ValueError(f"{len(payload)} bytes, expected {position}")
     return record
+
+
+def joined(records: Sequence[Added | Removed | Moved]) -> list[Added | Removed | Moved]:
+    """The same changes in fewer records: neighbours that only add are one."""
+    out: list[Added | Removed | Moved] = []
+    for kind, run in groupby(records, type):
+        found = list(run)
+        out += [_as_one([r for r in found if isinstance(r, Added)])] if kind is Added else found
+    return out
+
+
+def _as_one(records: list[Added]) -> Added:
+    """ValueError where rows don't follow each other."""
+    following = records[0].first_row
+    for record in records:
+        if record.first_row != following:
+            raise ValueError(f"row {record.first_row} where {following} comes next")
+        following += len(record.places)
+    every = [record.places for record in records]
+
+    def column(name: str) -> npt.NDArray[Any]:
+        return np.concatenate([getattr(places, name) for places in every])
+
+    def blobs(name: str) -> Blobs:
+        parts: list[Blobs] = [getattr(places, name) for places in every]
+        return Blobs.joined(np.concatenate([p.data for p in parts]), np.concatenate([p.lengths for p in parts]))
+
+    numbers = (column(name) for name in ("codes", "positions", "headings", "times"))
+    texts = (blobs(name) for name in ("ids", "metadata", "thumbnails"))
+    descriptors = None if every[0].descriptors is None else column("descriptors")
+    return Added(records[0].first_row, Places(*numbers, *texts, descriptors))
 
 
 # --- parts of a map ---

@@ -63,7 +63,7 @@ from tetra.map_checks import (
     check_whole,
     to_json,
 )
-from tetra.map_columns import Added, Floats, Ids, Ints, Moved, Part, Places, Removed, Tail, TailPart, decode
+from tetra.map_columns import Added, Floats, Ids, Ints, Moved, Part, Places, Removed, Tail, TailPart, decode, joined
 from tetra.map_lock import lock_map
 from tetra.map_manifest import LOCK, MANIFEST, Manifest, is_leftover, read_manifest, sync_folder, write_manifest
 from tetra.map_reader import MapReader, one_code
@@ -326,7 +326,7 @@ class PlaceMap(MapReader):
 
     def _replay(self, payloads: list[bytes], end: int) -> None:
         try:
-            records = [decode(p, self.code_bytes, self.descriptor_dims) for p in payloads]
+            records = joined([decode(p, self.code_bytes, self.descriptor_dims) for p in payloads])
             self._apply(records)
         except ValueError as error:
             raise MapError(
