@@ -244,7 +244,7 @@ def read_results(path: str | Path) -> Results:
         raise TuningFileError(f"{path}: can't be read: {error.strerror}; check the path and its permissions") from None
     except (ValueError, RecursionError):
         raise TuningFileError(
-            f"{path}: is no JSON, or only a part of it; name a file that `tetra tune` wrote, or delete it and tune again"
+            f"{path}: is no JSON, or only a part; name a file that `tetra tune` wrote, or delete it and tune again"
         ) from None
     return Results.from_json(value, path)
 

@@ -346,10 +346,19 @@ def _as_one(records: list[Added]) -> Added:
         parts: list[Blobs] = [getattr(places, name) for places in every]
         return Blobs.joined(np.concatenate([p.data for p in parts]), np.concatenate([p.lengths for p in parts]))
 
-    numbers = (column(name) for name in ("codes", "positions", "headings", "times"))
-    texts = (blobs(name) for name in ("ids", "metadata", "thumbnails"))
-    descriptors = None if every[0].descriptors is None else column("descriptors")
-    return Added(records[0].first_row, Places(*numbers, *texts, descriptors))
+    return Added(
+        records[0].first_row,
+        Places(
+            codes=column("codes"),
+            positions=column("positions"),
+            headings=column("headings"),
+            times=column("times"),
+            ids=blobs("ids"),
+            metadata=blobs("metadata"),
+            thumbnails=blobs("thumbnails"),
+            descriptors=None if every[0].descriptors is None else column("descriptors"),
+        ),
+    )
 
 
 # --- parts of a map ---
