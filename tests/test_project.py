@@ -225,6 +225,7 @@ def test_the_wheel_holds_all_packages_and_their_data(wheel: Path) -> None:
     expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "tetra/assets").glob("*")}
     expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "tetra/training/recipes").glob("*")}
     expected |= {f"tetra/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "kernels/native_src").glob("*")}
+    expected |= {f"tetra/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "autotune").glob("*.json")}
     assert expected | {"tetra/py.typed"} == {n for n in names if ".dist-info/" not in n}
 
 

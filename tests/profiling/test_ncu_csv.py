@@ -41,6 +41,22 @@ def test_a_run_that_was_cut_off_gives_what_there_was_and_says_so() -> None:
     assert "sass__inst_executed_register_spilling_mem_local" not in norm.metrics  # "no data" is not 0
 
 
+def test_ranges_within_ranges() -> None:
+    """As ncu printed them for `tetra profile ncu` of nano on an H200."""
+    profile = read(DATA / "ncu_ranges.csv")
+    assert [activity.path for activity in profile.activities] == [
+        ("describe", "backbone", "stem"),
+        ("describe", "backbone", "blocks", "blocks.0", "attention.qkv"),
+        ("describe", "backbone", "blocks", "blocks.0", "attention.qkv"),
+        ("describe", "backbone", "blocks", "blocks.0", "attention"),
+        ("describe", "backbone", "blocks", "blocks.0", "mlp.up"),
+        ("describe", "backbone", "blocks", "blocks.1", "attention.qkv"),
+    ]
+    ranges = {row.name: row for row in table(profile, "range")}
+    assert ranges["blocks.0"].count == 4
+    assert ranges["describe"].time_ns == profile.total_ns == sum(a.duration_ns for a in profile.activities)
+
+
 HEADER = (
     '"ID","Host Name","thread Domain:Push/Pop_Range:PL_Type:PL_Value:CLR_Type:Color:Msg_Type:Msg","Kernel Name",'
     '"dram__bytes_read.sum","gpu__time_duration.sum"'
