@@ -539,6 +539,11 @@ def _limits(chart: Chart) -> tuple[float, float, float, float]:
 _COLOURS = ("#1f6f8b", "#d1495b", "#66a182", "#8d6a9f", "#edae49", "#30638e", "#7a5c3e", "#5f7a1f")
 
 
+def _tera(rate: float) -> str:
+    """In 1e12 a second: 4.8, 61.8, 1,979."""
+    return f"{rate / 1e12:,.0f}" if rate >= 1e14 else f"{rate / 1e12:.3g}"
+
+
 def draw_png(chart: Chart, file: IO[bytes]) -> None:
     """Write the chart as a PNG. ModuleNotFoundError without matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -556,7 +561,7 @@ def draw_png(chart: Chart, file: IO[bytes]) -> None:
         style = ":" if roof.is_assumed else "-"
         axes.plot(ends, [x * roof.rate for x in ends], color="#888", linewidth=1.2, linestyle=style)
         x = max(left, low / roof.rate) * 1.15
-        text = f"{roof.name} {roof.rate / 1e12:.3g} TB/s" + (" (assumed)" if roof.is_assumed else "")
+        text = f"{roof.name} {_tera(roof.rate)} TB/s" + (" (assumed)" if roof.is_assumed else "")
         axes.annotate(
             text, (x, x * roof.rate), xytext=(6, -9), textcoords="offset points", fontsize="x-small", color="#555"
         )
@@ -564,7 +569,7 @@ def draw_png(chart: Chart, file: IO[bytes]) -> None:
         start = peak.rate / max(memory.rate for memory in memories)
         axes.plot([max(start, left), right], [peak.rate, peak.rate], color="#333", linewidth=1.2)
         axes.annotate(
-            f"{peak.name} {peak.rate / 1e12:.3g} T/s", (right, peak.rate), xytext=(-4, 3), textcoords="offset points",
+            f"{peak.name} {_tera(peak.rate)} T/s", (right, peak.rate), xytext=(-4, 3), textcoords="offset points",
             ha="right", fontsize="x-small",
         )  # fmt: skip
     kernels = list(dict.fromkeys(p.kernel for p in chart.points))
