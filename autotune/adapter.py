@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 from tetra.autotune import table
 from tetra.autotune.candidates import BudgetSpent, CandidateFailed, first_line
 from tetra.autotune.measured_tuner import BudgetError, Result, Times, halve
-from tetra.autotune.store import Store, device_identity, notice
+from tetra.autotune.store import USER_PREFIX, Store, device_identity, notice
 from tetra.autotune.timers import Timer, timer_for
 from tetra.kernels.backend import arch_of
 from tetra.kernels.tunable import Trial, bucket
@@ -108,7 +109,7 @@ class CachedKernel:
         while not inspect.isfunction(base):
             base = base.fn
         self.base_fn = base
-        self.name = f"user:{name or f'{base.__module__}.{base.__qualname__}'}"
+        self.name = f"{USER_PREFIX}{name or f'{base.__module__}.{base.__qualname__}'}"
         if not configs:
             raise ValueError(f"configs of {self.name}: is empty, wanted one triton.Config or more")
         for what, names in (("key", key), ("reset_to_zero", reset_to_zero), ("restore_value", restore_value)):
@@ -144,10 +145,14 @@ class CachedKernel:
 
     def config_for(self, *args: Any, **kwargs: Any) -> Any:
         """The ``triton.Config`` that a launch with these arguments uses."""
-        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        named = self._named(args, kwargs)
         tensors = [value for value in named.values() if isinstance(value, Tensor)]
         device = tensors[0].device if tensors else None
-        problem = (device, *(named.get(name) for name in self.keys), *(tensor.dtype for tensor in tensors))
+        keys = [named.get(name) for name in self.keys]
+        problem = (  # of a tensor only the dtype counts, and its memory must not be kept
+            *(device, *(key.dtype if isinstance(key, Tensor) else key for key in keys)),
+            *(tensor.dtype for tensor in tensors),
+        )
         try:
             return self._chosen[problem]
         except (KeyError, TypeError):  # TypeError: a key that can't be hashed
@@ -156,6 +161,11 @@ class CachedKernel:
         with suppress(TypeError):
             self._chosen[problem] = config
         return config
+
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name, in the kernel's order however they were given."""
+        given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        return {name: given[name] for name in (*self.arg_names, *given) if name in given}
 
     def forget(self) -> None:
         """Read the files again at the next launch."""
@@ -185,8 +195,8 @@ class CachedKernel:
         parts = []
         for name in self.keys:
             value = named.get(name)
-            if isinstance(value, int) and not isinstance(value, bool):
-                value = self._round_up(value)
+            if not isinstance(value, bool) and isinstance(value, Integral):  # numpy's too
+                value = self._round_up(int(value))
             parts.append(f"{name}={value.dtype if isinstance(value, Tensor) else value}")
         parts += [str(value.dtype).removeprefix("torch.") for value in named.values() if isinstance(value, Tensor)]
         return " ".join(parts)
@@ -208,6 +218,8 @@ class CachedKernel:
         allowed = list(prune(self.configs, positional, **kwargs))
         if not allowed:
             raise ValueError(f"early_config_prune of {self.name}: left no configuration, wanted one or more")
+        for config in allowed:  # it may have made new ones
+            self._by_row.setdefault(self._row(config), config)
         return allowed
 
     # --- tuning ---
@@ -251,7 +263,7 @@ class CachedKernel:
         if not budget_s > 0:
             raise BudgetError(f"budget_s: is {budget_s:g} seconds, wanted more than 0")
         deadline = time.monotonic() + budget_s
-        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        named = self._named(args, kwargs)
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         if not tensors:
             raise ValueError(f"{self.name}: no argument is a tensor, which would say on which device to tune")
@@ -295,15 +307,16 @@ class CachedKernel:
         timer: Timer | None,
     ) -> Result:
         candidates = [self._row(config) for config in self._predicted_best(named, kwargs)]
-        saved = {name: value.clone() for name, value in tensors.items() if check or name in self._restore}
+        saved = {name: _stored(value).clone() for name, value in tensors.items() if check or name in self._restore}
         rejected: dict[Row, str] = {}
         expected: tuple[Tensor, ...] | None = None
 
         def put_back() -> None:
             for name, value in saved.items():
-                tensors[name].copy_(value)
+                _put(tensors[name], value)
             for name in self._reset:
-                tensors[name].zero_()
+                if name in tensors:
+                    _put(tensors[name])
 
         def run(row: Row, put_back: bool = True) -> None:
             self._run_once(named, args, kwargs, grid, self._by_row[row], put_back)
@@ -382,8 +395,10 @@ class CachedKernel:
             self._pre_hook(everything)
         else:
             for name in self._reset:
-                named[name].zero_()
-        kept = {name: named[name].clone() for name in self._restore} if put_back else {}
+                if isinstance(named.get(name), Tensor):
+                    _put(named[name])
+        restored = [name for name in self._restore if put_back and isinstance(named.get(name), Tensor)]
+        kept = {name: _stored(named[name]).clone() for name in restored}
         failure: Exception | None = None
         try:
             self.fn.run(*args, grid=grid, warmup=False, **kwargs, **config.all_kwargs())
@@ -394,7 +409,7 @@ class CachedKernel:
             if self._post_hook is not None and put_back:
                 self._post_hook(everything, exception=failure)
             for name, value in kept.items():
-                named[name].copy_(value)
+                _put(named[name], value)
 
     def _predicted_best(self, named: dict[str, Any], kwargs: dict[str, Any]) -> list[Any]:
         """The configurations to measure: those allowed, or the ``top_k`` that ``perf_model`` expects to be fastest."""
@@ -417,6 +432,19 @@ class CachedKernel:
 def _place(device: torch.device) -> tuple[int, torch.device | None]:
     """What ``table`` wants to know: (arch, device)."""
     return arch_of(device), device if device.type == "cuda" else None
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """The values that an expanded tensor has in memory: once, and not as often as they are repeated."""
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
+    return tensor.detach()[once]
+
+
+def _put(tensor: Tensor, values: Tensor | float = 0) -> None:
+    """Write values of :func:`_stored`. Into parameters too, and what was made in inference mode."""
+    with torch.inference_mode():
+        stored = _stored(tensor)
+        stored.copy_(values) if isinstance(values, Tensor) else stored.fill_(values)
 
 
 def _difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], rtol: float, atol: float) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from tetra.autotune import table
 from tetra.autotune.store import (
+    USER_PREFIX,
     Identity,
     Results,
     Store,
@@ -20,6 +22,7 @@ from tetra.autotune.store import (
     static_file_name,
     write_results,
 )
+from tetra.kernels.ahead_of_time import parse_arch
 from tetra.kernels.backend import arch_of
 from tetra.kernels.tunable import all_tunables
 
@@ -39,7 +42,7 @@ def export_results(path: str | Path, device: torch.device, store: Store | None =
     """
     store = store if store is not None else Store()
     source = store.path_of(device_identity(device))
-    if not source.is_file():
+    if source not in store.files():
         raise ValueError(f"{store.folder}: holds no results for {device}; run `tetra tune measure` first")
     results = read_results(source)
     write_results(path, results)
@@ -70,9 +73,11 @@ def import_results(path: str | Path, store: Store | None = None) -> Imported:
             same = [other for other in here if other.device.get("name") == results.device["name"]]
             why = same[0].difference(results) if same else f"there is no {results.device['name']} here"
             return Imported({}, [(kernel, str(why)) for kernel in results.results])
+        identity = here[here.index(identity)]  # equal numbers may be written otherwise: the file's name is of ours
+        results.device, results.toolchain = identity.device, identity.toolchain
         target = store.path_of(identity)
     elif results.device["kind"] == "cuda":
-        target = store.folder / static_file_name(int(results.device["arch"].removeprefix("sm_")))
+        target = store.folder / static_file_name(parse_arch(results.device["arch"]))
     else:
         raise TuningFileError(f"{path}: predictions are about GPUs, these say {results.device['kind']}")
     accepted, refused = {}, []
@@ -97,7 +102,10 @@ def _why_not(kernel: str, entries: dict[str, Any], results: Results) -> str | No
     module = table.module_of(kernel)
     if tunable is None:
         # A kernel of the user's, whose source is looked at when it is launched.
-        return None if module in results.kernels else "this release has no such kernel"
+        known = kernel.startswith(USER_PREFIX) and module in results.kernels
+        return None if known else "this release has no such kernel"
+    if tunable.on != results.device["kind"]:
+        return f"it runs on {tunable.on}, the results are for {results.device['kind']}"
     if results.kernels.get(module) != table.current_hash(module):
         return "its source has changed since"
     for key, entry in entries.items():
@@ -126,7 +134,7 @@ def named_results(name: str, device: torch.device | None) -> dict[tuple[str, str
         files = [source.path for source in reversed(sources) if source.label.startswith(name)]
         if not files:
             raise ValueError(f"there are no {name} results for {device}; see `tetra tune show`")
-    elif name.startswith("sm_") and not Path(name).exists():
+    elif re.fullmatch(r"sm_[0-9]{2,3}", name) and not Path(name).exists():
         files = [table.SHIPPED / f"{name}.json"]
         if not files[0].is_file():
             raise ValueError(f"there are no shipped results for {name}")

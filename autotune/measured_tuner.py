@@ -39,7 +39,7 @@ from tetra.autotune.candidates import (
     Worker,
     first_line,
 )
-from tetra.autotune.store import Identity, Store, device_identity, read_or_notice
+from tetra.autotune.store import Identity, Store, device_identity, notice, read_or_notice
 from tetra.autotune.timers import Timer, timer_for
 from tetra.autotune.workloads import Problem
 from tetra.kernels.backend import arch_of, n_sms
@@ -149,6 +149,9 @@ class Times:
                 method, seconds = self._bench("time", self._kernel, self._sizes, config, deadline=self._deadline)
             except CandidateFailed as failure:
                 self.failures[config] = str(failure)
+                continue
+            if not all(math.isfinite(second) and second > 0 for second in seconds) or not seconds:
+                self.failures[config] = f"has no time: {seconds}"
                 continue
             if method != self.method:  # what was timed otherwise can't be compared
                 self._rounds.clear()
@@ -348,7 +351,8 @@ def measure(
         for done, (problem, tunable, key) in enumerate(wanted):
             if progress is not None:
                 progress(done, len(wanted), f"{tunable.name} {key}")
-            if key in known.get(tunable.name, ()):
+            entry = known.get(tunable.name, {}).get(key)
+            if entry is not None and tuple(entry["config"]) in _rows(tunable, problem.sizes, device):
                 report.present.append((tunable.name, key))
                 continue
             try:
@@ -365,6 +369,12 @@ def measure(
         report.seconds = time.monotonic() - session.started
     table.reset()
     return report
+
+
+def _rows(tunable: Tunable, sizes: Sizes, device: torch.device) -> tuple[Config, ...]:
+    """All that may be chosen for a problem, the default first."""
+    arch = arch_of(device)
+    return tuple(dict.fromkeys((tunable.default(arch, _cores(device), sizes), *tunable.space(arch, sizes))))
 
 
 def _hash_of(tunable: Tunable) -> str:
@@ -559,5 +569,8 @@ def predicted(tunable: Tunable, key: str, device: torch.device) -> list[Config]:
     for source in table.sources(arch_of(device), device):
         entry = source.results.results.get(tunable.name, {}).get(key, {})
         if "top" in entry and table.is_current(source, tunable.name):
-            return [tuple(int(number) for number in str(row).split("x")) for row in entry["top"]]
+            try:
+                return [tuple(int(number) for number in str(row).split("x")) for row in entry["top"]]
+            except (TypeError, ValueError):
+                notice(f"{source.path}: the predicted order of {tunable.name} {key} is ignored: it can't be read")
     return []

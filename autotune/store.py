@@ -43,6 +43,10 @@ FORMAT = "tetra-tuning"
 VERSION = 1
 FOLDER_VARIABLE = "TETRA_TUNING_DIR"
 LOCK_WAIT_S = 60.0
+MAX_BYTES = 64 << 20  # of a file; those of this package have less than 100 KB
+MAX_DEPTH = 16  # of tables and lists in one another; what is nested deeper can't be written by every Python
+
+USER_PREFIX = "user:"  # of the names of kernels that are not this package's
 
 Entry = dict[str, Any]
 _SCALARS = (int, float, str, bool, type(None))
@@ -102,7 +106,7 @@ class Results:
         device = value["device"]
         if device.get("kind") not in ("cuda", "cpu") or not isinstance(device.get("name"), str):
             raise refuse("does not say which device its results are for")
-        if device["kind"] == "cuda" and not re.fullmatch(r"sm_\d+", str(device.get("arch"))):
+        if device["kind"] == "cuda" and not re.fullmatch(r"sm_[0-9]{2,3}", str(device.get("arch"))):
             raise refuse(f"the device's arch is {device.get('arch')!r}, not one like sm_80")
         if not all(isinstance(digest, str) for digest in value["kernels"].values()):
             raise refuse("a kernel's hash is no text")
@@ -113,9 +117,21 @@ class Results:
                 config = entry.get("config") if isinstance(entry, dict) else None
                 if not isinstance(config, list) or not config or not all(isinstance(v, _SCALARS) for v in config):
                     raise refuse(f"the result of '{kernel}' for '{key}' has no configuration")
+        if not _is_shallow(value):
+            raise refuse(f"has tables more than {MAX_DEPTH} deep in one another")
         note = value.get("note")
         parts = (device, value["toolchain"], value["kernels"], value["results"])
         return cls(value["origin"], *parts, note=note if isinstance(note, str) else "")
+
+
+def _is_shallow(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [item for part in inner for item in part if isinstance(item, (dict, list))]
+        if not level:
+            return True
+    return False
 
 
 # --- notices -------------------------------------------------------------------------------------------------
@@ -239,9 +255,17 @@ def cache_folder() -> Path:
 def read_results(path: str | Path) -> Results:
     """Contents of a file. Raises TuningFileError for whatever can't be read or used."""
     try:
-        value = json.loads(Path(path).read_bytes())
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise TuningFileError(
+                f"{path}: is larger than {MAX_BYTES >> 20} MiB; name a file that `tetra tune` wrote, or delete it"
+            )
+        value = json.loads(content)
     except OSError as error:
         raise TuningFileError(f"{path}: can't be read: {error.strerror}; check the path and its permissions") from None
+    except TuningFileError:
+        raise
     except (ValueError, RecursionError):
         raise TuningFileError(
             f"{path}: is no JSON, or only a part; name a file that `tetra tune` wrote, or delete it and tune again"
@@ -249,11 +273,25 @@ def read_results(path: str | Path) -> Results:
     return Results.from_json(value, path)
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder; not where that can't be found out."""
+    try:
+        return path.is_dir()
+    except OSError:  # no permission, or no name that could exist
+        return False
+
+
+def _check_is_file(path: Path) -> None:
+    if not path.is_file():  # a pipe would never end
+        raise TuningFileError(f"{path}: is no file; remove it, and tune again")
+
+
 def read_or_notice(path: Path) -> Results | None:
     """Contents of a file; None where there is none, and after one notice where it can't be used. For look-ups."""
     try:
-        if not path.is_file():
+        if not path.exists():
             return None
+        _check_is_file(path)
         return read_results(path)
     except (OSError, TuningFileError) as error:
         notice(f"tuning results are ignored: {error}")
@@ -287,6 +325,16 @@ def write_results(path: str | Path, results: Results) -> None:
 
 
 _one_thread = threading.Lock()
+
+
+def _other_subject(added: Results, found: Results) -> str | None:
+    """What ``found`` is about that ``added`` is not, in words; None where they belong into one file."""
+    if found.origin != added.origin:
+        return f"they are {found.origin}, not {added.origin}"
+    if added.origin == "measured":
+        return Identity(added.device, added.toolchain).difference(found)
+    here, there = added.device.get("arch"), found.device.get("arch")
+    return None if here == there else f"they are for {there}, not {here}"
 
 
 class Store:
@@ -347,16 +395,27 @@ class Store:
 
     def files(self) -> list[Path]:
         """Whatever results are there, of any device."""
-        return sorted(self.folder.glob("*.json")) if self.folder.is_dir() else []
+        if not is_folder(self.folder):
+            return []
+        return [path for path in sorted(self.folder.glob("*.json")) if path.is_file()]
 
-    def _current(self, path: Path) -> Results | None:
-        """What is at ``path``, for one who will replace it: what can't be used is kept beside it."""
+    def _current(self, path: Path, added: Results) -> Results | None:
+        """What is at ``path``, for one who will add to it and replace it: what can't be used is kept beside it."""
         if not path.exists():
             return None
         try:
-            return read_results(path)
+            _check_is_file(path)
+            found = read_results(path)
+            different = _other_subject(added, found)
+            if different is None:
+                return found
+            raise TuningFileError(f"{path}: holds other results than its name says: {different}")
         except TuningFileError as error:
             aside = path.with_name(path.name + ".unusable")
+            number = 1
+            while aside.is_dir() or (path.is_dir() and aside.exists()):  # a folder replaces nothing and stays
+                number += 1
+                aside = path.with_name(f"{path.name}.unusable{number}")
             try:
                 os.replace(path, aside)
             except OSError as problem:
@@ -372,7 +431,7 @@ class Store:
         from tetra.autotune.table import module_of
 
         with self._locked():
-            kept = self._current(path)
+            kept = self._current(path, added)
             if kept is None:
                 kept = Results(added.origin, added.device, added.toolchain, note=added.note)
             changed = {module for module, digest in added.kernels.items() if kept.kernels.get(module, digest) != digest}
@@ -407,7 +466,7 @@ class Store:
             StoreError: a file can't be changed.
         """
         removed = 0
-        if not self.folder.is_dir():
+        if not is_folder(self.folder):
             return 0
         with self._locked():
             for path in self.files():

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetra.autotune.store import (
+    USER_PREFIX,
     Entry,
     Identity,
     Results,
@@ -34,6 +35,7 @@ from tetra.autotune.store import (
     cache_folder,
     device_identity,
     forget_notices,
+    is_folder,
     notice,
     read_or_notice,
     static_file_name,
@@ -131,8 +133,8 @@ def explain(
         if entry is None or not is_current(source, kernel, kernel_hash):
             continue
         config = tuple(entry["config"])
-        if config in configs:
-            return Choice(config, source.label, source.path, entry)
+        if config in configs:  # the row of the table, since numbers of a file may be equal and no integers
+            return Choice(configs[configs.index(config)], source.label, source.path, entry)
     return Choice(configs[0], "first row")
 
 
@@ -175,7 +177,7 @@ def sources(arch: int, device: torch.device | None) -> tuple[Source, ...]:
             ("user static", cache_folder() / static_file_name(arch)),
             ("shipped static", SHIPPED / f"sm_{arch}.json"),
         ):
-            found.append((label, path, read_or_notice(path)))
+            found.append((label, path, _predictions(path, arch)))
     return tuple(Source(label, path, results) for label, path, results in found if results is not None)
 
 
@@ -184,17 +186,31 @@ def _of_this_device(path: Path, identity: Identity) -> Results | None:
     results = read_or_notice(path)
     if results is not None:
         different = identity.difference(results)
+        if results.origin != "measured":
+            different = f"they are {results.origin}, not measured"
         if different is None:
             return results
         notice(f"{path}: tuning results are ignored: {different}; run `tetra tune measure` again")
         return None
-    others = sorted(path.parent.glob(f"{identity.family}-*.json")) if path.parent.is_dir() else []
+    others = sorted(path.parent.glob(f"{identity.family}-*.json")) if is_folder(path.parent) else []
     for other in others:
         stale = read_or_notice(other)
         if stale is not None:
-            different = identity.difference(stale)
+            different = identity.difference(stale) or f"the file was renamed, its name here is {path.name}"
             notice(f"{other}: tuning results are ignored: {different}; run `tetra tune measure` again")
             break
+    return None
+
+
+def _predictions(path: Path, arch: int) -> Results | None:
+    """Those of a file, if they are for the architecture that its name says; else None, after a notice."""
+    results = read_or_notice(path)
+    if results is None:
+        return None
+    there = f"{results.origin} for {results.device.get('arch', results.device['name'])}"
+    if there == f"static for sm_{arch}":
+        return results
+    notice(f"{path}: tuning results are ignored: they are {there}, not static for sm_{arch}; delete the file")
     return None
 
 
@@ -235,6 +251,8 @@ def is_current(source: Source, kernel: str, kernel_hash: str | None = None) -> b
     module = kernel if kernel_hash is not None else module_of(kernel)
     if source.results.kernels.get(module) == (kernel_hash or current_hash(module)):
         return True
-    again = "tetra tune measure" if source.results.origin == "measured" else "tetra tune static"
-    notice(f"{source.path}: results of {kernel} are ignored: its source has changed since; run `{again}` again")
+    again = "run `tetra tune measure` again" if source.results.origin == "measured" else "run `tetra tune static` again"
+    if kernel.startswith(USER_PREFIX):
+        again = "call its .tune() again, or give two kernels of one name different names"
+    notice(f"{source.path}: results of {kernel} are ignored: its source has changed since; {again}")
     return False

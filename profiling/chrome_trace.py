@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from tetra.profiling.events import Activity, Kind, Profile, ReadError, Span, Thread, attribute
+from tetra.profiling.events import MAX_INTEGER, Activity, Kind, Profile, ReadError, Span, Thread, attribute
 
 _GPU: dict[str, Kind] = {"kernel": "kernel", "gpu_memcpy": "copy", "gpu_memset": "fill"}
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
@@ -43,13 +43,17 @@ class _Event:
 
     def integer(self, name: str) -> int | None:
         value = self.arguments.get(name)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        is_one = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_INTEGER
+        return value if is_one else None
 
 
 def _nanoseconds(microseconds: Any) -> int:
     if isinstance(microseconds, bool) or not isinstance(microseconds, (int, float)) or not math.isfinite(microseconds):
         raise ValueError
-    return round(1000 * microseconds)
+    nanoseconds = round(1000 * microseconds)
+    if abs(nanoseconds) > MAX_INTEGER:
+        raise ValueError
+    return nanoseconds
 
 
 def _number(value: Any) -> int:

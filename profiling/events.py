@@ -20,6 +20,8 @@ Kind = Literal["kernel", "copy", "fill", "graph", "operator"]
 By = Literal["range", "kernel"]
 
 NO_RANGE = "(no range)"
+MAX_INTEGER = 2**63 - 1
+"""Of a time in nanoseconds or a number of bytes: what is larger was never measured, and sums of it may be no floats."""
 
 
 class ReadError(ValueError):

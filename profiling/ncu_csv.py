@@ -8,16 +8,16 @@ one column all the same. Numbers have thousands separators.
 from __future__ import annotations
 
 import csv
-import math
 import re
 from pathlib import Path
 
-from tetra.profiling.events import Activity, Profile, ReadError
+from tetra.profiling.events import MAX_INTEGER, Activity, Profile, ReadError
 
 _TIME = "gpu__time_duration.sum"
 _TRAFFIC = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 _PUSHED = "thread Domain:Push/Pop_Range"
 _NANOSECONDS = {"s": 1e9, "m": 1e6, "u": 1e3, "n": 1.0}  # by the first letter: "ns", "usecond", "second"
+_MAX_VALUE = 1e290  # sums of larger ones may be no numbers
 _BYTES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
@@ -88,7 +88,7 @@ def _value(text: str) -> float | None:
         value = float(text.replace(",", ""))
     except ValueError:  # "no data", a name, nothing
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) < _MAX_VALUE else None  # so neither is NaN
 
 
 def _activity(row: dict[str, str], units: dict[str, str]) -> Activity:
@@ -100,8 +100,12 @@ def _activity(row: dict[str, str], units: dict[str, str]) -> Activity:
     time = metrics.get(_TIME, 0.0) * _NANOSECONDS.get(units.get(_TIME, "ns")[:1], 1.0)
     traffic = [metrics[name] * _scale(units.get(name, "")) for name in _TRAFFIC if name in metrics]
     pushed = next((text for name, text in row.items() if name.startswith(_PUSHED)), "")
-    n_bytes = round(sum(traffic)) if traffic else None
-    return Activity(row["Kernel Name"], "kernel", 0, max(0, round(time)), ranges_of(pushed), n_bytes, metrics)
+    n_bytes = _whole(sum(traffic)) if traffic else None
+    return Activity(row["Kernel Name"], "kernel", 0, _whole(time), ranges_of(pushed), n_bytes, metrics)
+
+
+def _whole(value: float) -> int:
+    return round(min(max(value, 0.0), MAX_INTEGER))
 
 
 def _scale(unit: str) -> float:

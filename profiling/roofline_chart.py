@@ -15,7 +15,7 @@ Source: Williams, Waterman, Patterson, Roofline: An Insightful Visual Performanc
 from __future__ import annotations
 
 import json
-import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -344,11 +344,24 @@ def _cost_of(kernel: str, s: Mapping[str, int], variant: str) -> tuple[int, int,
 
 
 def _number(row: Mapping[str, Any], where: str, *names: str) -> float:
+    return _named_number(row, where, *names)[1]
+
+
+def _named_number(row: Mapping[str, Any], where: str, *names: str) -> tuple[str, float]:
+    """The first of ``names`` that has a positive number, and it; what is absurdly large or small is none."""
     for name in names:
         value = row.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
-            return float(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-30 < value < 1e30:
+            return name, float(value)
     raise RooflineError(f"{where}: has no positive {' or '.join(names)}")
+
+
+def _whole(row: Mapping[str, Any], where: str, name: str) -> int:
+    return max(1, int(_number(row, where, name)))
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 40
 
 
 def _is_own(variant: str) -> bool:
@@ -363,8 +376,8 @@ def _point_of_row(row: Mapping[str, Any], where: str) -> Point | None:
     seconds_names = ("median_ms", "measured_us", "median_us")
     if "operations" in row and "n_bytes" in row:
         figures = (
-            int(_number(row, where, "operations")),
-            int(_number(row, where, "n_bytes")),
+            _whole(row, where, "operations"),
+            _whole(row, where, "n_bytes"),
             str(row.get("dtype", "fp32")),
         )
         if figures[2] not in _PEAK_OF:
@@ -373,25 +386,25 @@ def _point_of_row(row: Mapping[str, Any], where: str) -> Point | None:
     elif {"rows", "bytes", "queries", "k"} <= row.keys():
         if variant and not _is_own(variant):
             return None
-        sizes = {name: int(_number(row, where, name)) for name in ("queries", "rows", "bytes", "k")}
+        sizes = {name: _whole(row, where, name) for name in ("queries", "rows", "bytes", "k")}
         kernel, shape = "hamming_popcount", sizes
         figures = (*hamming_popcount_cost(*sizes.values()), "int32")
     elif isinstance(row.get("kernel"), str) and isinstance(row.get("shape"), Mapping):
         if variant and not _is_own(variant):
             return None
         kernel, shape = row["kernel"], row["shape"]
+        if not all(_is_size(size) for name, size in shape.items() if len(name) == 1):
+            raise RooflineError(f"{where}: sizes of {kernel} are no numbers above 0: {shape!s:.200}")
         try:
             figures = _cost_of(kernel, shape, variant)
         except KeyError as error:
             raise RooflineError(
                 f"{where}: nothing is known of kernel or size {error}; wanted what tetra bench writes"
             ) from None
-        except TypeError:
-            raise RooflineError(f"{where}: sizes of {kernel} are no numbers: {shape!r}") from None
     else:
         raise RooflineError(f"{where}: wanted kernel and shape as tetra bench writes them, or operations and n_bytes")
-    milliseconds = "median_ms" in row
-    seconds = _number(row, where, *seconds_names) / (1e3 if milliseconds else 1e6)
+    unit, figure = _named_number(row, where, *seconds_names)
+    seconds = figure / (1e3 if unit == "median_ms" else 1e6)
     text = _text(shape) if isinstance(shape, Mapping) else str(shape or "")
     return Point(kernel, variant or kernel, text, *figures, seconds, LABEL_MEASURED)
 
@@ -413,12 +426,12 @@ def read_measured(
         value = json.loads(path.read_text())
     except OSError as error:
         raise RooflineError(f"{path}: can't be read: {error.strerror}") from error
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RooflineError(f"{path}: is not JSON, or truncated") from None
     notes = [] if notes is None else notes
     if isinstance(value, dict) and value.get("format") == "tetra-tuning":
         return _points_of_tuning(value, path, device, problems, notes)
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+    if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
         raise RooflineError(f"{path}: holds no list of measurements; name a file that tetra bench wrote with --json")
     points = []
     for number, row in enumerate(value):
@@ -435,8 +448,16 @@ def _check_device(found: object, device: str, path: Path) -> None:
     """A product's number, such as A100, has to be in the name that the driver gives."""
     numbers = [word for word in device.split() if any(letter.isdigit() for letter in word)]
     word = device if not numbers or "(" in device else numbers[0]
-    if isinstance(found, str) and word.lower() not in found.lower() and found.lower() not in device.lower():
+    if found is None:
+        return
+    if not isinstance(found, str) or not (_has_word(found, word) or _has_word(device, found)):
         raise RooflineError(f"{path}: was measured on {found!r}, and the chart is of {device!r}; name that --gpu")
+
+
+def _has_word(text: str, word: str) -> bool:
+    """Whether ``word`` is in ``text``, and not a part of a longer number: L4 is not in L40S."""
+    pattern = rf"(?<![a-z0-9]){re.escape(word.strip().lower())}(?![a-z0-9])"
+    return bool(word.strip()) and re.search(pattern, text.lower()) is not None
 
 
 def _points_of_tuning(
@@ -445,7 +466,7 @@ def _points_of_tuning(
     if value.get("origin") != "measured" or not isinstance(value.get("results"), dict):
         raise RooflineError(f"{path}: holds tuning results that were not measured; name those of tetra tune measure")
     about = value.get("device")
-    _check_device(about.get("name") if isinstance(about, dict) else None, device, path)
+    _check_device(about.get("name", "") if isinstance(about, dict) else "", device, path)
     by_key: dict[tuple[str, str], Problem] = {}
     for problem in problems:
         if all_tunables()[problem.tunable].works is not None:
@@ -459,7 +480,12 @@ def _points_of_tuning(
                 continue
             tunable = all_tunables()[kernel]
             assert tunable.works is not None
-            works = tunable.works(80, 108, known.sizes, tuple(entry["config"]))  # cost does not depend on the chip
+            try:  # cost does not depend on the chip
+                works = tunable.works(80, 108, known.sizes, tuple(entry["config"]))
+            except (ValueError, TypeError, LookupError, ArithmeticError):
+                raise RooflineError(
+                    f"{path}: {kernel} {key}: config {entry['config']!s:.100} is none of this kernel"
+                ) from None
             seconds = _number(entry, f"{path}: {kernel} {key}", "measured_us") / 1e6
             costs = sum(w.operations for w in works), sum(w.n_bytes for w in works)
             text = f"{_text(known.sizes)} config={','.join(map(str, entry['config']))}"
@@ -513,13 +539,18 @@ def cpu_chart(device_name: str, measured: Sequence[Path]) -> Chart:
         raise RooflineError("a chart of a CPU shows measured points alone; give --measured FILE of tetra bench kernels")
     notes: list[str] = []
     points = [p for path in measured for p in read_measured(path, device_name, (), notes)]
-    used = {row["threads"] for path in measured for row in json.loads(path.read_text()) if row.get("threads")}
-    if len(used) > 1:
+    if not points:
         raise RooflineError(
-            f"the figures were measured with {' and '.join(map(str, sorted(used)))} threads; draw them apart"
+            f"{', '.join(map(str, measured))}: no figures of our kernels on a CPU; give what bench wrote"
         )
+    files = [json.loads(path.read_text()) for path in measured]
+    used = {str(row["threads"]) for rows in files if isinstance(rows, list) for row in rows if row.get("threads")}
+    if len(used) > 1:
+        raise RooflineError(f"the figures were measured with {' and '.join(sorted(used))} threads; draw them apart")
+    if not all(re.fullmatch(r"[1-9]\d{0,4}", n) for n in used):
+        raise RooflineError(f"the figures were measured with {min(used):.50} threads, wanted a number above 0")
     before = torch.get_num_threads()
-    torch.set_num_threads(next(iter(used), before))
+    torch.set_num_threads(int(next(iter(used), before)))
     try:
         roofs = measure_cpu_roofs(device_name)
     finally:

@@ -51,6 +51,8 @@ _FOLDERS = ("kernels", "autotune", "profiling", "tetra")
 # What of a configuration says how the work is cut, not which work it is.
 _TILES = re.compile(r"BLOCK_|num_|GROUP|SPLIT|CHUNK|ROWS|QUERIES|WARPS|STAGES")
 
+_GROUPS = {"launches": "launches of {}", "torch": "{} of PyTorch"}  # what an operation causes, and how it is said
+
 Progress = Callable[[int, int, str], None]
 
 
@@ -172,7 +174,7 @@ def profile_tree(
             progress(done, len(work), f"{name}: " + (f"sm_{arch}" if arch else "launches"))
         kept = _cache_file(tree, request, what, arch)
         found = _read_cache(kept)
-        if found is None:
+        if not (_are_kernels if what == "compiled" else _are_launches)(found):
             found = (
                 _compiled(tree, name, request, arch, workers) if what == "compiled" else _traced(tree, name, request)
             )
@@ -318,7 +320,7 @@ def _cache_file(tree: Path, request: Request, what: str, arch: int) -> Path:
 def _read_cache(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):  # not there, or damaged: it is made again
+    except (OSError, ValueError, RecursionError):  # not there, or damaged: it is made again
         return None
 
 
@@ -401,7 +403,7 @@ def read_profile(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except OSError as error:
         raise StaticProfileError(f"{path}: can't be read: {error.strerror}; write it with --write-baseline") from error
-    except ValueError:
+    except (ValueError, RecursionError):
         raise StaticProfileError(f"{path}: is not JSON, or truncated; write it again with --write-baseline") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise StaticProfileError(f"{path}: is no static profile; write one with --write-baseline")
@@ -409,11 +411,42 @@ def read_profile(path: Path) -> dict[str, Any]:
         raise StaticProfileError(f"{path}: version {found.get('version')!r}, wanted {VERSION}; write it again")
     wanted = {"toolchain": dict, "about": dict, "kernels": list, "launches": dict, "name": str}
     wrong = [key for key, kind in wanted.items() if not isinstance(found.get(key), kind)]
-    if wrong or not all(
-        isinstance(row, dict) and {"kernel", "arch", "config"} <= row.keys() for row in found["kernels"]
-    ):
-        raise StaticProfileError(f"{path}: lacks {', '.join(wrong) or 'a row of a kernel'}; write it again")
+    if not wrong:
+        wrong += ["figures of a kernel"] * (not _are_kernels(found["kernels"]))
+        wrong += ["figures of an operation"] * (not _are_launches(found["launches"]))
+    if wrong:
+        raise StaticProfileError(f"{path}: lacks {', '.join(wrong)}; write it again")
     return found
+
+
+_FIGURES = ("registers", "spills", "stack_bytes", "shared_bytes", "ctas_per_sm", "num_warps", "n_loops")
+
+
+def _are_counts(row: object, names: Iterable[str]) -> bool:
+    """Whether ``row`` has whole numbers by these names."""
+    return isinstance(row, dict) and all(isinstance(row.get(name), int) for name in names)
+
+
+def _are_kernels(rows: object) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and isinstance(row.get("kernel"), str)
+        and isinstance(row.get("arch"), str)
+        and isinstance(row.get("config"), dict)
+        and ("error" in row or (_are_counts(row, _FIGURES) and _are_counts(row.get("loop"), ("all", *KINDS))))
+        for row in rows
+    )
+
+
+def _are_launches(rows: object) -> bool:
+    return isinstance(rows, dict) and all(
+        isinstance(row, dict)
+        and (
+            "error" in row
+            or (_are_counts(row, ("copied_bytes",)) and all(_are_counts(row.get(g), row.get(g) or ()) for g in _GROUPS))
+        )
+        for row in rows.values()
+    )
 
 
 # --- comparing ---------------------------------------------------------------------------------------------
@@ -620,10 +653,9 @@ def _compare_launches(
             return [Finding(name, "runs", 1, 0, True, f"can no longer be called as before: {after['error']}")]
         return [] if "error" in after else [Finding(name, "runs", 0, 1, False, "can be compared from now on")]
     found = []
-    groups = {"launches": "launches of {}", "torch": "{} of PyTorch"}
-    total_before, total_after = (sum(sum(row[group].values()) for group in groups) for row in (before, after))
+    total_before, total_after = (sum(sum(row[group].values()) for group in _GROUPS) for row in (before, after))
     more = total_after > total_before  # one that takes the place of another is none more
-    for group, what in groups.items():
+    for group, what in _GROUPS.items():
         old, new = Counter(before[group]), Counter(after[group])
         for operation in sorted(old.keys() | new.keys()):
             a, b = old[operation], new[operation]

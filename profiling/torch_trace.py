@@ -64,7 +64,8 @@ def _run(program: list[str]) -> int:
 def main() -> int:
     split = sys.argv.index("--")
     (output, *options), program = sys.argv[1:split], sys.argv[split + 1 :]
-    path = Path(output)
+    path = Path(output).absolute()  # the program may change the folder
+    process = os.getpid()
     profiler = _profiler("--stack" in options)
     text = os.environ.get(ranges.CAPTURE_VARIABLE, "")
     if text:
@@ -76,6 +77,10 @@ def main() -> int:
     if not text:
         profiler.start()
     status = _run(program)
+    if os.getpid() != process:  # the program forked: the trace is its parent's
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # an end as usual would wait for the profiler's threads, which a fork does not copy
     if not text or ranges.is_capturing():
         profiler.stop()
     ranges.set_capture(None)

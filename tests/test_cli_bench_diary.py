@@ -92,6 +92,15 @@ def test_compare_refuses(tetra: Runner, diary: Path, tmp_path: Path) -> None:
     assert_refused(tetra("bench", "compare", "last", "nothing"), "nothing")
 
 
+def test_names_are_shown_as_they_are(tetra: Runner, diary: Path) -> None:
+    assert tetra("bench", "kernels", *SMALL, "--save").status == 0
+    run = read_diary(diary)[0]
+    append(diary, "[/x]", [{**row, **run.environment, "variant": "tetra [bold] [/x]"} for row in run.rows])
+    result = tetra("bench", "compare", "last", "last")
+    assert result.status == 0, result.err
+    assert "tetra [bold] [/x]" in result.out
+
+
 def test_save_refuses_before_the_work(tetra: Runner, tmp_path: Path) -> None:
     foreign = tmp_path / "notes.txt"
     foreign.write_text("my notes\nof today\n")

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,10 @@ def test_what_came_before_the_end_of_a_stream_is_kept(place_map: Path, model_fil
     assert [record["file"] for record in read_json(out)] == [f"stdin#{i:06d}" for i in range(11)]
     assert len([f for f in read_json(page)["features"] if f["properties"]["kind"] == "frame"]) == 11
     out.unlink()
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as live:
+    # Where the tests run in the background Ctrl-C is ignored, and would be in what they start.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, preexec_fn=heed) as live:
         assert live.stdin is not None
         assert live.stdout is not None
         live.stdin.write(data)

@@ -177,6 +177,35 @@ def test_torch_traces_a_script_and_keeps_its_status(tetra: Runner, tmp_path: Pat
     assert sorted(p.name for p in tmp_path.glob(".*")) == []
 
 
+def test_torch_traces_programs_that_move_and_fork(
+    tetra: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, torch\nos.chdir('elsewhere')\nchild = os.fork()\nif not child: sys.exit(5)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5\ntorch.arange(3).cumsum(0)\n"
+    )
+    result = tetra("profile", "torch", "-o", "t.json", "--", sys.executable, script)
+    assert result.status == 0, result.err
+    names = {row.name for row in table(read(tmp_path / "t.json"), "kernel")}
+    assert "aten::cumsum" in names  # of the parent, after the child had ended
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_names_are_shown_as_they_are(tetra: Runner, tmp_path: Path) -> None:
+    name = "[/x] f[bold]"
+    kernel = {"ph": "X", "cat": "kernel", "name": name, "pid": 0, "tid": 7, "ts": 1, "dur": 2}
+    span = {**kernel, "cat": "user_annotation", "ts": 0, "dur": 9}
+    (tmp_path / "t.json").write_text(json.dumps({"traceEvents": [kernel, span]}))
+    for command in (("read", tmp_path / "t.json"), ("diff", tmp_path / "t.json", tmp_path / "t.json")):
+        for by in ("range", "kernel"):
+            result = tetra("profile", *command, "--by", by)
+            assert result.status == 0, result.err
+            assert name in result.out
+
+
 def test_reading_what_the_tools_wrote(tetra: Runner) -> None:
     result = tetra("profile", "read", DATA / "trace.json.gz", "--by", "kernel", "--top", 3)
     assert result.status == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,6 +193,8 @@ def test_imports_that_would_not_count_are_refused(tetra: Runner, tmp_path: Path,
         ({"device": good["device"] | {"name": "Another CPU"}}, "there is no Another CPU here"),
         ({"kernels": {"native": "older"}}, "its source has changed since"),
         ({"results": {"warp": {"k": {"config": [1]}}}}, "this release has no such kernel"),
+        ({"kernels": {"warp": "x"}, "results": {"warp": {"k": {"config": [1]}}}}, "this release has no such kernel"),
+        ({"origin": "static", "device": {"kind": "cuda", "name": "x", "arch": "sm_80"}}, "it runs on cpu"),
         ({"results": {"native_hamming": {"k": {"config": [1]}}}}, "[1] is no configuration (BYTES_A_BLOCK"),
         ({"results": {"native_hamming": {"k": {"config": [1, "x"]}}}}, "is no configuration"),
     ):
@@ -201,6 +204,9 @@ def test_imports_that_would_not_count_are_refused(tetra: Runner, tmp_path: Path,
         assert words in result.err
         assert "refused" in result.err
         assert f"error: {file}: nothing was imported" in result.err
+    for arch in ("sm_999", "sm_" + "9" * 5000):
+        file = changed(origin="static", device={"kind": "cuda", "name": "x", "arch": arch})
+        assert_refused(tetra("tune", "import", file), arch)
     assert not cache.exists() or not list(cache.glob("*.json"))
     # One bad kernel doesn't keep the good ones out.
     both = good["results"] | {"warp": {"k": {"config": [1]}}}
@@ -275,3 +281,33 @@ def test_static_through_the_command(tetra: Runner, tmp_path: Path, cache: Path) 
     result = tetra("tune", "show", "--arch", "sm_80", "--kernel", "sign_similarity", "--explain")
     assert result.status == 0, result.err
     assert "PREDICTED" in result.out
+
+
+def test_times_that_are_none(tetra: Runner, tmp_path: Path) -> None:
+    path = keep("native_hamming")
+    good = json.loads(path.read_bytes())
+    for us in ("soon", None, [1], math.nan, 10**400):
+        (entry,) = good["results"]["native_hamming"].values()
+        entry |= {"measured_us": us, "predicted_us": us}
+        path.write_text(json.dumps(good))
+        table.reset()
+        result = tetra("tune", "show", "--device", "cpu", "--kernel", "native_hamming", "--json", tmp_path / "s.json")
+        assert result.status == 0, result.err
+        assert "user" in {row["origin"] for row in read_json(tmp_path / "s.json")}
+
+
+def test_equal_numbers_written_otherwise_are_of_this_device(tetra: Runner, tmp_path: Path, cache: Path) -> None:
+    path = keep("native_hamming")
+    value = json.loads(path.read_bytes())
+    value["device"]["cores"] = float(value["device"]["cores"])
+    path.unlink()
+    (tmp_path / "x.json").write_text(json.dumps(value))
+    assert tetra("tune", "import", tmp_path / "x.json").status == 0
+    assert list(cache.glob("*.json")) == [path]
+
+
+def test_diff_of_one_kernel(tetra: Runner) -> None:
+    assert_refused(tetra("tune", "diff", "sm_80", "sm_86", "--kernel", "warp"), "'warp'", "attention")
+    assert_refused(tetra("tune", "diff", "sm_80", "sm_" + "9" * 400), "can't be read")
+    one, every = (tetra("tune", "diff", "sm_80", "sm_80", *more).out for more in (("--kernel", "bits"), ()))
+    assert int(one.split()[3]) < int(every.split()[3])

@@ -135,7 +135,7 @@ def test_a_run_of_a_newer_release_is_left_out(path: Path) -> None:
     assert "newer release" in notices[0]
 
 
-@pytest.mark.parametrize("value", [float("nan"), -1.0, "1", True, None])
+@pytest.mark.parametrize("value", [float("nan"), -1.0, "1", True, None, 10**400, 1e-300])
 def test_figures_that_are_no_times_are_not_read(path: Path, value: Any) -> None:
     diary.append(path, "bench kernels", [row()])
     entry = json.loads(path.read_text())
@@ -145,6 +145,20 @@ def test_figures_that_are_no_times_are_not_read(path: Path, value: Any) -> None:
     notices: list[str] = []
     assert len(diary.read_diary(path, notices)) == 1
     assert notices
+
+
+@pytest.mark.parametrize("environment", [{}, {"device": "cpu"}, {"device": "cpu", "device_name": ["x"]}, None])
+def test_runs_of_an_unknown_machine_are_not_read(path: Path, environment: Any) -> None:
+    diary.append(path, "bench kernels", [row()])
+    entry = json.loads(path.read_text())
+    with path.open("a") as file:
+        file.write(json.dumps(entry | {"environment": environment}) + "\n")
+    notices: list[str] = []
+    assert len(diary.read_diary(path, notices)) == 1
+    assert notices
+    with path.open("a") as file:
+        file.write(json.dumps(entry | {"environment": {"device": "cpu", "device_name": "x"}}) + "\n")
+    assert diary.read_diary(path)[-1].environment["threads"] is None
 
 
 def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +293,12 @@ def test_files_of_json_are_runs_too(tmp_path: Path, path: Path) -> None:
             diary.find_run(str(file))
     with pytest.raises(DiaryError, match="no such file"):
         diary.find_run(str(tmp_path / "missing.json"))
+    file.write_text(json.dumps([row(), row("tetra y", device_name="Other")]))
+    with pytest.raises(DiaryError, match="several machines"):
+        diary.find_run(str(file))
+    file.write_text('{"format":"tetra-diary","version":2}')
+    with pytest.raises(DiaryError, match="no whole run"):
+        diary.find_run(str(file))
 
 
 def test_history_has_a_point_a_run_and_variant() -> None:

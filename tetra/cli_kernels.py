@@ -211,6 +211,7 @@ def kernels_roofline(
     json: Json = None,
 ) -> None:
     """Every kernel's operations a second beside what the chip can do at most; predicted points need no GPU."""
+
     from tetra.autotune.hardware import find_product
     from tetra.config import BACKBONES
     from tetra.files import atomic_write

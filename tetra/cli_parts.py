@@ -36,9 +36,9 @@ NPictures = Annotated[int, typer.Option(min=1, help="How many queries get one.")
 def print_table(table: Table) -> None:
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names of kernels and files hold brackets and colons
     if not console.is_terminal:  # a file or a pipe has room
-        console.width = max(console.width, Console(width=1000).measure(table).maximum)
+        console.width = max(console.width, Console(width=1000, markup=False, emoji=False).measure(table).maximum)
     console.print(table)
 
 

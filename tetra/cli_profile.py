@@ -245,6 +245,7 @@ def _read(file: Path) -> Profile:
 
 
 def _print_rows(profile: Profile, by: By, top: int) -> None:
+
     from tetra.profiling.events import readable, table
     from tetra.profiling.nsight import METRICS
 
@@ -303,6 +304,7 @@ def diff(
     json: Json = None,
 ) -> None:
     """What became slower or faster between two runs, the largest change first."""
+
     from tetra.profiling.events import readable
     from tetra.profiling.movers import caveats, movers
 

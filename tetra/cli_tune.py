@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_module
 import os
 import sys
 from pathlib import Path
@@ -276,7 +277,8 @@ def tune_show(
             "fields": list(all_tunables()[name].fields),
             "origin": choice.origin,
             "file": None if choice.path is None else str(choice.path),
-            "entry": choice.entry,
+            # In a file may stand what is no number, which JSON for others must not have.
+            "entry": json_module.loads(json_module.dumps(choice.entry), parse_constant=lambda name: None),
         }
         for (name, key), choice in found.items()
     ]
@@ -285,12 +287,17 @@ def tune_show(
     rows = make_table(title, "kernel", "problem", "configuration", "from", "µs")
     for (name, key), choice in found.items():
         entry = choice.entry or {}
-        us = f"{entry['measured_us']:.1f}" if "measured_us" in entry else ""
-        us = f"{entry['predicted_us']:.1f} p" if "predicted_us" in entry else us
+        us = _time(entry.get("measured_us"))
+        us = f"{_time(entry['predicted_us'])} p" if _time(entry.get("predicted_us")) else us
         rows.add_row(name, key, _config(all_tunables()[name], choice.config), choice.origin, us)
     print_table(rows)
     for path in dict.fromkeys(choice.path for choice in found.values() if choice.path is not None):
         print(f"{next(c.origin for c in found.values() if c.path == path)}: {path}")
+
+
+def _time(value: Any) -> str:
+    """Of a file, in which anything may stand."""
+    return f"{value:.1f}" if isinstance(value, float) or (type(value) is int and abs(value) < 1 << 53) else ""
 
 
 def _explain(arch: int, kernel: str | None, jobs: int | None, json: Path | None) -> None:
@@ -339,7 +346,12 @@ def tune_diff(
     with user_errors():
         where = _device(device) if {"user", "shipped"} & {first, second} else None
         sets = [named_results(name, where) for name in (first, second)]
-        found = [row for row in differences(*sets) if kernel in (None, row.kernel)]
+        if kernel is not None:
+            known = sorted({name for results in sets for name, _ in results})
+            if kernel not in known:
+                raise ConfigError(f"--kernel {kernel!r} is in neither; known: {', '.join(known)}")
+            sets = [{pair: row for pair, row in results.items() if pair[0] == kernel} for results in sets]
+        found = differences(*sets)
     write_json(json, [vars(row) for row in found])
     rows = make_table("", "kernel", "problem", first, second)
     for row in found:

@@ -9,7 +9,6 @@ at all; a last line that a power cut left half-written ends before the next run 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import secrets
@@ -197,9 +196,16 @@ def _run_of(line: bytes) -> Run | None:
     if not isinstance(entry, dict) or entry.get("format") != FORMAT or entry.get("version") != VERSION:
         return None
     values: list[Any] = [entry.get(key) for key in ("id", "time", "command", "environment", "rows")]
+    if isinstance(values[3], dict):
+        values[3] = {**dict.fromkeys(ENVIRONMENT), **values[3]}
     run = Run(*values)
     texts = all(isinstance(text, str) for text in (run.id, run.time, run.command))
-    return run if texts and isinstance(run.environment, dict) and _are_rows(run.rows) else None
+    return run if texts and _is_environment(run.environment) and _are_rows(run.rows) else None
+
+
+def _is_environment(value: object) -> bool:
+    """Whether it says where the figures are from."""
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("device", "device_name"))
 
 
 def _are_rows(rows: object) -> bool:
@@ -215,7 +221,8 @@ def _is_row(row: dict[str, Any]) -> bool:
 
 
 def _is_time(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    """Of a call; ratios of what is absurdly short or long may be no numbers."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-50 < value < 1e50
 
 
 def find_run(text: str, diary: Path | None = None, notices: list[str] | None = None) -> Run:
@@ -257,10 +264,16 @@ def _run_of_file(path: Path, notices: list[str] | None) -> Run:
             raise DiaryError(f"{path}: holds no whole run") from None
         return runs[-1]
     if isinstance(value, dict) and value.get("format") == FORMAT:  # a diary of one run
-        return read_diary(path, notices)[-1]
-    if not _are_rows(value) or not all("device_name" in row and "device" in row for row in value):
+        runs = read_diary(path, notices)
+        if not runs:
+            raise DiaryError(f"{path}: holds no whole run of this version")
+        return runs[-1]
+    if not _are_rows(value) or not all(map(_is_environment, value)):
         raise DiaryError(f"{path}: holds no figures of a benchmark; name a file that tetra bench wrote with --json")
     environment = {key: value[0].get(key) for key in ENVIRONMENT}
+    for key in ("device_name", "device", "threads"):
+        if any(row.get(key) != environment[key] for row in value):
+            raise DiaryError(f"{path}: its figures are of several machines ({key} differs); compare files of one run")
     return Run(str(path), "", "", environment, value)
 
 

@@ -27,9 +27,9 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 import tetra
@@ -506,7 +506,7 @@ class MatchReport:
             names = [self.reference_paths[row].name for row in rows]
             others = ", ".join(f"{name} ({bits})" for name, bits in zip(names[1:], distances[1:], strict=True))
             # A name may hold what rich takes for markup, such as "[old]".
-            table.add_row(escape(path.name), escape(names[0]), str(distances[0]), escape(others))
+            table.add_row(Text(path.name), Text(names[0]), str(distances[0]), Text(others))  # no markup
         return table
 
     def to_json_dict(self) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -294,3 +296,43 @@ def test_processes_share_what_was_tuned(tmp_path: Path, monkeypatch: pytest.Monk
 
     assert run("tune") == "64\n"
     assert run() == "64\n"
+
+
+def test_parameters_expanded_tensors_and_those_of_inference_mode(make: Callable[..., CachedKernel]) -> None:
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        return (triton.cdiv(100, meta["BLOCK"]),)
+
+    with torch.inference_mode():
+        inferred = torch.ones(100)
+    for i, x in enumerate((torch.nn.Parameter(torch.ones(100)), torch.ones(1).expand(100), inferred)):
+        out = torch.full((100,), 3.0)
+        kernel = make(_scaled, name=f"kind-{i}", restore_value=["x"], reset_to_zero=["out"])
+        assert kernel.tune(x, out, 100, 2.0, grid=grid, timer=ByBlock(64)) is CONFIGS[2]
+        assert torch.equal(x.detach().clone(), torch.ones(100))
+        assert torch.equal(out, torch.zeros(100))
+
+
+def test_the_order_of_named_arguments_does_not_count(make: Callable[..., CachedKernel]) -> None:
+    kernel = make(_scaled)
+    x, out = torch.zeros(100), torch.zeros(100, dtype=torch.float64)
+    assert kernel.tune(x, out, 100, 2.0, grid=(7,), timer=ByBlock(64)) is CONFIGS[2]
+    assert kernel.config_for(factor=2.0, n=100, out=out, x=x) is CONFIGS[2]
+    assert make(_scaled).config_for(factor=2.0, n=np.int64(100), out=out, x=x) is CONFIGS[2]
+
+
+def test_tensors_in_the_key_are_not_kept(make: Callable[..., CachedKernel]) -> None:
+    kernel = make(_scaled, key=("x", "n"))
+    x = torch.zeros(100)
+    gone = weakref.ref(x)
+    kernel.config_for(x, x, 100, 2.0)
+    del x
+    assert gone() is None
+
+
+def test_pruning_may_make_configurations(make: Callable[..., CachedKernel]) -> None:
+    def prune(configs: list[Any], named: dict[str, Any], **rest: Any) -> list[Any]:
+        return [config(8), config(256)]
+
+    by = {"early_config_prune": prune}
+    assert tune(make(_scaled, prune_configs_by=by, name="new"), timer=ByBlock(256)).kwargs["BLOCK"] == 256
+    assert chosen(make(_scaled, prune_configs_by=by, name="new")).kwargs["BLOCK"] == 256

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tetra.autotune import measured_tuner, table
 from tetra.autotune.measured_tuner import BudgetError, measure, verify
-from tetra.autotune.store import FOLDER_VARIABLE, Identity, Store, StoreError, read_results
+from tetra.autotune.store import FOLDER_VARIABLE, Identity, Results, Store, StoreError, forget_notices, read_results
 from tetra.autotune.timers import CpuTimer
 from tetra.autotune.workloads import Problem
 from tetra.kernels.tunable import Config, Sizes, Trial, Tunable
@@ -322,3 +322,29 @@ def test_the_wall_clock() -> None:
     assert all(0.01 <= s < 1 for s in seconds)
     quick = timer(lambda: None)
     assert all(0 <= s < 1e-3 for s in quick)
+
+
+def test_results_that_the_table_no_longer_has_are_measured_again(store: Store) -> None:
+    store.add(HERE, {"native": table.current_hash("native")}, "sound", "n1", {"config": [99, 99]})
+    report = run(store, Scripted(later_is_faster), [sound(1)])
+    assert report.present == []
+    assert [result.config for result in report.finished] == [CONFIGS[-1]]
+
+
+@pytest.mark.parametrize("time_", [math.nan, math.inf, 0.0, -1.0])
+def test_a_candidate_without_a_time_is_left_out(store: Store, time_: float) -> None:
+    (result,) = run(store, Scripted(lambda i: time_ if i == 3 else later_is_faster(i)), [sound()]).finished
+    assert result.config != CONFIGS[3]
+    assert [(config, reason[:11]) for config, reason in result.rejected] == [(CONFIGS[3], "has no time")]
+
+
+def test_a_predicted_order_that_cannot_be_read_is_none(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for top in (5, None, [None], ["64xtwo"], [{}]):
+        results = Results("static", {}, {}, {}, {"sound": {"n1": {"config": [1], "top": top}}})
+        source = table.Source("user static", store.folder / "static-sm_80.json", results)
+        monkeypatch.setattr(table, "sources", lambda arch, device, source=source: (source,))
+        monkeypatch.setattr(table, "is_current", lambda source, kernel: True)
+        forget_notices()
+        with pytest.warns(UserWarning, match="predicted order of sound n1 is ignored"):
+            assert measured_tuner.predicted(tunables()["sound"], "n1", CPU) == []
+    monkeypatch.undo()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +285,64 @@ def test_processes_that_finish_keep_all(tmp_path: Path) -> None:
         assert process.returncode == 0
     found = read_results(Store(tmp_path / "cache").path_of(HERE)).results["attention"]
     assert found.keys() == {"shared", *(f"{name}-{i}" for name in range(4) for i in range(25))}
+
+
+# --- what is in the place of a file --------------------------------------------------------------------------
+
+
+def test_results_of_another_device_in_the_place_of_ours_are_set_aside(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    path = store.path_of(HERE)
+    path.write_text(json.dumps(results(device={**HERE.device, "driver": "9"})))
+    with pytest.warns(UserWarning, match=r"driver was 9, here it is 1\.2; it was renamed to"):
+        store.add(HERE, {"attention": "0123"}, "attention", "k", {"config": [1]})
+    found = read_results(path)
+    assert found.device == HERE.device
+    assert found.results == {"attention": {"k": {"config": [1]}}}
+    static = tmp_path / "static-sm_80.json"
+    static.write_text(json.dumps(results(origin="static", device={"kind": "cuda", "name": "x", "arch": "sm_90"})))
+    mine = Results.from_json(results(origin="static", results={"attention": {"k": {"config": [1]}}}), static)
+    with pytest.warns(UserWarning, match="they are for sm_90, not sm_80"):
+        store.merge(static, mine)
+    assert read_results(static).results == mine.results
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_a_folder_or_a_pipe_in_the_place_of_a_file(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    store = Store(tmp_path)
+    path = store.path_of(HERE)
+    make(path)
+    stores.forget_notices()
+    with pytest.warns(UserWarning, match="is no file") as warned:
+        assert [read_or_notice(path) for _ in range(3)] == [None] * 3
+    assert len(warned) == 1
+    assert store.files() == []
+    assert store.clear() == 0
+    for i in range(2):
+        (tmp_path / f"{path.name}.unusable").touch()
+        with pytest.warns(UserWarning, match="it was renamed"):
+            store.add(HERE, {}, "attention", f"k{i}", {"config": [1]})
+        assert list(read_results(path).results["attention"]) == [f"k{i}"]
+        path.unlink()
+        path.mkdir()
+
+
+def test_a_folder_whose_name_cannot_exist() -> None:
+    store = Store("/tmp/" + "a" * 300)
+    assert store.files() == []
+    assert store.clear() == 0
+    with pytest.raises(StoreError, match="File name too long; set TETRA_TUNING_DIR"):
+        store.check_writable()
+
+
+def test_files_that_are_too_large_or_too_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    deep: list[Any] = []
+    for _ in range(40):
+        deep = [deep]
+    path.write_text(json.dumps(results(results={"attention": {"k": {"config": [1], "more": deep}}})))
+    with pytest.raises(TuningFileError, match="more than 16 deep"):
+        read_results(path)
+    monkeypatch.setattr(stores, "MAX_BYTES", 1 << 20)
+    with pytest.raises(TuningFileError, match="/dev/zero: is larger than 1 MiB"):
+        read_results("/dev/zero")

@@ -266,3 +266,38 @@ def test_the_users_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Store().folder == tmp_path / ".cache/tetra/tuning"
+
+
+def test_numbers_that_are_no_integers_give_the_row_of_the_table(folders: tuple[Path, Path]) -> None:
+    keep(Store().path_of(HERE), (64.0, 2.0))  # type: ignore[arg-type]
+    found = lookup("attention", 80, "t530", CONFIGS, GPU)
+    assert found == (64, 2)
+    assert [type(number) for number in found] == [int, int]
+
+
+def test_predictions_count_for_the_architecture_that_they_say(folders: tuple[Path, Path]) -> None:
+    user, shipped = folders
+    keep(shipped / "sm_80.json", (32, 1), "static")
+    for change in ({"origin": "static", "device": {**HERE.device, "arch": "sm_90"}}, {"origin": "measured"}):
+        keep(user / "static-sm_80.json", (64, 2), **change)
+        table.reset()
+        with pytest.warns(UserWarning, match=r"not static for sm_80; delete the file") as warned:
+            assert lookup("attention", 80, "t530", CONFIGS) == (32, 1)
+        assert len(warned) == 1
+
+
+def test_a_folder_that_cannot_be_looked_into_hides_only_itself(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(folders[1] / "sm_80.json", (32, 1), "static")
+    monkeypatch.setenv(stores.FOLDER_VARIABLE, "/tmp/" + "a" * 300)
+    table.reset()
+    with pytest.warns(UserWarning, match="File name too long"):
+        assert lookup("attention", 80, "t530", CONFIGS, GPU) == (32, 1)
+
+
+def test_a_renamed_file_is_said_to_be_one(folders: tuple[Path, Path]) -> None:
+    own = Store().path_of(HERE)
+    keep(own.with_name(f"{HERE.family}-copy.json"), (64, 2))
+    with pytest.warns(UserWarning, match=rf"the file was renamed, its name here is {own.name}"):
+        lookup("attention", 80, "t530", CONFIGS, GPU)

@@ -105,6 +105,7 @@ def test_traces_without_ranges_and_bare_lists(tmp_path: Path) -> None:
 def test_events_that_make_no_sense_are_left_out_and_counted(tmp_path: Path) -> None:
     good = event("kernel", "k", 0, 1)
     bad = [7, None, {**good, "ts": "soon"}, {**good, "dur": -1}, {**good, "dur": 1e400}, {**good, "dur": True}]
+    bad.append({**good, "dur": 10**307})
     bad.append({key: value for key, value in good.items() if key != "name"})
     found = read(write(tmp_path / "a.json", [good, *bad, {"ph": "M"}, {**good, "args": [], "tid": "word"}]))
     assert len(found.activities) == 2

@@ -110,6 +110,17 @@ def test_tables_that_say_nothing(tmp_path: Path, text: str, words: str) -> None:
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("value", ["1e300", "-1e300", "9" * 400, "nan", "-5"])
+def test_numbers_that_nothing_measured(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "a.csv"
+    names = ("gpu__time_duration.sum", "dram__bytes_read.sum", "launch__registers_per_thread")
+    header = ",".join(f'"{name}"' for name in ("ID", "Kernel Name", *names))
+    kernel = f'"0","k","{value}","{value}","{value}"\n'
+    path.write_text(f'{header}\n"","","s","Tbyte",""\n{kernel}{kernel}')
+    assert_table_or_one_line(path)
+    assert all(activity.duration_ns >= 0 for activity in read(path).activities)
+
+
 def test_a_table_without_times_says_so(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('"ID","Kernel Name","launch__registers_per_thread"\n"","","x"\n"0","k","32"\n')

@@ -99,6 +99,16 @@ def test_measured_points_of_other_lists(tmp_path: Path) -> None:
         ('[{"kernel": "bits", "shape": {"B": 1, "D": 8}, "median_ms": NaN}]', "median_ms"),
         ('[{"operations": 1, "n_bytes": 0, "median_ms": 1}]', "n_bytes"),
         ('[{"operations": 1, "n_bytes": 1, "median_ms": 1, "dtype": "int3"}]', "int3"),
+        ("[]", "no list"),
+        ("[" * 100_000, "JSON"),
+        ('[{"kernel": "bits", "shape": {"B": 0, "D": 8}, "median_ms": 1}]', "no numbers above 0"),
+        ('[{"kernel": "bits", "shape": {"B": -1, "D": NaN}, "median_ms": 1}]', "no numbers above 0"),
+        (f'[{{"operations": 1{"0" * 400}, "n_bytes": 1, "median_ms": 1}}]', "operations"),
+        ('[{"operations": 1e308, "n_bytes": 1, "median_ms": 1}]', "operations"),
+        ('[{"operations": 1, "n_bytes": 1, "median_ms": 1e-318}]', "median_ms"),
+        ('[{"operations": 1, "n_bytes": 1, "median_ms": 1, "device_name": "NVIDIA H1000"}]', "H1000"),
+        ('[{"operations": 1, "n_bytes": 1, "median_ms": 1, "device_name": ""}]', "measured on"),
+        ('{"format": "tetra-tuning", "origin": "measured", "results": {}}', "measured on"),
         ('{"format": "tetra-tuning", "origin": "static", "results": {}}', "not measured"),
         ('[{"kernel": "bits", "shape": {"B": 1, "D": 8}, "median_ms": 1, "device_name": "NVIDIA A100"}]', "A100"),
     ],
@@ -114,9 +124,43 @@ def test_what_is_no_measurement(tmp_path: Path, text: str, words: str) -> None:
 def test_devices_are_told_apart(tmp_path: Path) -> None:
     for name, device in (("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA GeForce RTX 4090", "RTX 4090")):
         assert chart.read_measured(write(tmp_path / "f", [{**ROW, "median_ms": 1, "device_name": name}]), device)
-    for name, device in (("NVIDIA H200", "H100 SXM"), ("NVIDIA GeForce RTX 3090", "RTX 4090"), ("AMD EPYC", "L4")):
+    for name, device in (
+        ("NVIDIA H200", "H100 SXM"),
+        ("NVIDIA GeForce RTX 3090", "RTX 4090"),
+        ("AMD EPYC", "L4"),
+        ("NVIDIA L40S", "L4"),
+    ):
         with pytest.raises(RooflineError, match=name):
             chart.read_measured(write(tmp_path / "f", [{**ROW, "median_ms": 1, "device_name": name}]), device)
+
+
+def test_the_smallest_launches_and_units(tmp_path: Path) -> None:
+    row = {"operations": 0.5, "n_bytes": 0.5, "median_ms": None, "median_us": 5}
+    (point,) = chart.read_measured(write(tmp_path / "f", [row]), "L4")
+    assert (point.intensity, point.seconds) == (1.0, pytest.approx(5e-6))
+
+
+def test_files_that_say_nothing_of_a_cpu(tmp_path: Path) -> None:
+    tuned = {"format": "tetra-tuning", "origin": "measured", "results": {}, "device": {"name": "X"}}
+    row = {**ROW, "median_ms": 1}
+    for value, words in (
+        (tuned, "no figures"),
+        ([{**row, "threads": [1]}], "threads"),
+        ([{**row, "threads": -8}], "threads"),
+        ([{**row, "threads": 1}, {**row, "threads": 2}], "1 and 2 threads"),
+    ):
+        with pytest.raises(RooflineError, match=words):
+            chart.cpu_chart("X", [write(tmp_path / "f", value)])
+
+
+def test_configurations_that_are_none(tmp_path: Path) -> None:
+    from tetra.autotune.workloads import problems
+
+    (known, *_) = [p for p in problems({"": BACKBONES["vit-b"]}) if p.tunable == "ternary_matmul"]
+    results = {known.tunable: {known.key: {"config": [], "measured_us": 1.0}}}
+    value = {"format": "tetra-tuning", "origin": "measured", "results": results, "device": {"name": "NVIDIA L4"}}
+    with pytest.raises(RooflineError, match="none of this kernel"):
+        chart.read_measured(write(tmp_path / "f", value), "L4", [known])
 
 
 def test_results_of_the_measured_tuner(tmp_path: Path) -> None:

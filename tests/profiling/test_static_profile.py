@@ -226,6 +226,15 @@ def test_a_baseline_file_stands_for_history(tetra: Runner, repository: Path, tmp
     assert_refused(tetra(*args, "--baseline", file), "99")
     file.write_text(json.dumps({k: v for k, v in profile.items() if k != "kernels"} | {"kernels": [1]}))
     assert_refused(tetra(*args, "--baseline", file), "lacks")
+    for key, value, words in (
+        ("kernels", [{**profile["kernels"][0], "loop": {}}], "figures of a kernel"),
+        ("kernels", [{**profile["kernels"][0], "config": 5}], "figures of a kernel"),
+        ("kernels", [{**profile["kernels"][0], "spills": "1"}], "figures of a kernel"),
+        ("launches", {"x": [1]}, "figures of an operation"),
+        ("launches", {"x": {"launches": {}, "copied_bytes": 1}}, "figures of an operation"),
+    ):
+        file.write_text(json.dumps(profile | {key: value}))
+        assert_refused(tetra(*args, "--baseline", file), words)
 
 
 @pytest.mark.parametrize(
