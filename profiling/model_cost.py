@@ -11,9 +11,10 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from tetra.autotune.hardware import Product
+from tetra.autotune.workloads import Shape
 from tetra.kernels import ternary_matmul
 from tetra.kernels.ahead_of_time import all_specimens, check_compiler, compile_for
 from tetra.kernels.attention import cost as attention_cost
@@ -33,27 +34,6 @@ BYTES = 2  # of a float16
 Cost = tuple[int, int]  # operations, bytes moved
 PREDICTED_GPUS = ("A100 SXM 80GB", "H100 SXM", "Jetson AGX Orin 64GB", "RTX 4090")
 _LIBRARY_TILE = 64  # what the library's products are taken to compute a block
-
-
-class Shape(Protocol):
-    """The sizes of a backbone; ``tetra.config.BackboneConfig`` has them."""
-
-    @property
-    def width(self) -> int: ...
-    @property
-    def depth(self) -> int: ...
-    @property
-    def n_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def mlp_dim(self) -> int: ...
-    @property
-    def image_size(self) -> tuple[int, int]: ...
-    @property
-    def patch_size(self) -> int: ...
-    @property
-    def full_precision_blocks(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -304,11 +304,11 @@ def test_parameters_expanded_tensors_and_those_of_inference_mode(make: Callable[
 
     with torch.inference_mode():
         inferred = torch.ones(100)
-    for i, x in enumerate((torch.nn.Parameter(torch.ones(100)), torch.ones(1).expand(100), inferred)):
+    for i, x in enumerate((torch.nn.Parameter(torch.ones(100)), torch.ones(100).expand(2, 100), inferred)):
         out = torch.full((100,), 3.0)
         kernel = make(_scaled, name=f"kind-{i}", restore_value=["x"], reset_to_zero=["out"])
         assert kernel.tune(x, out, 100, 2.0, grid=grid, timer=ByBlock(64)) is CONFIGS[2]
-        assert torch.equal(x.detach().clone(), torch.ones(100))
+        assert bool((x.detach() == 1).all())
         assert torch.equal(out, torch.zeros(100))
 
 
