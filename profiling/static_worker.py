@@ -36,7 +36,12 @@ _ITEM_BYTES = {
 }  # fmt: skip
 
 
-def _check_tree(tree: str) -> None:
+def _only_from(tree: str) -> None:
+    """RuntimeError unless the kernels are those of the tree.
+
+    An editable install finds modules too, and would lend a tree what it does not have yet.
+    """
+    sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
     import tetra.kernels
 
     found = tetra.kernels.__file__ or ""
@@ -215,7 +220,7 @@ def main() -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # what the tree prints is no answer
     warnings.simplefilter("ignore")
-    _check_tree(request["tree"])
+    _only_from(request["tree"])
     json.dump({"compiled": compiled, "traced": traced}[request["what"]](request), answers)
 
 

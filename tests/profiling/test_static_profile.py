@@ -190,6 +190,15 @@ def test_a_tree_that_cannot_be_imported(tetra: Runner, repository: Path) -> None
     assert_refused(check(tetra, repository, *ATTENTION), "files as they are", "SyntaxError")
 
 
+def test_a_tree_is_read_alone(tetra: Runner, repository: Path, tmp_path: Path) -> None:
+    """What it does not have is not taken from where TeTRA is installed."""
+    (repository / "autotune" / "workloads.py").unlink()  # without it a tree only lists what its kernels' files list
+    result = check(tetra, repository, "--kernel", "bits", "--json", tmp_path / "found.json")
+    assert result.status == 0, result.err
+    assert [row["what"] for row in read_json(tmp_path / "found.json")["findings"]], "no configuration went with the file"
+    assert "is gone" in result.out
+
+
 def test_a_second_run_reads_what_was_kept(
     tetra: Runner, repository: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
