@@ -58,10 +58,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tetra.autotune.table import lookup
-from tetra.kernels.backend import HAS_TRITON, arch_of, on_device_of, tl, triton
+from tetra.kernels.backend import HAS_TRITON, arch_of, n_sms, on_device_of, tl, triton
 from tetra.kernels.sign_similarity import _popcount
 from tetra.kernels.specimen import Specimen
-from tetra.kernels.ternary_matmul import _n_sms
 from tetra.kernels.tunable import Sizes, Trial, Tunable, Work, bucket, seeded
 
 MAX_K = 1024
@@ -312,7 +311,7 @@ def nearest_keys(
         parts: of the rows; the best number, unless given.
     """
     block_q, block_r = fields["BLOCK_Q"], fields["BLOCK_R"]
-    n_blocks, parts, tiles_a_part = blocks_and_parts(n_queries, n_rows, k, fields, parts, _n_sms(device))
+    n_blocks, parts, tiles_a_part = blocks_and_parts(n_queries, n_rows, k, fields, parts, n_sms(device))
     n_lists = parts * n_blocks * block_q
     capacity = -(-(2 * k + block_r + 128) // 16) * 16
     keys = torch.empty((n_lists, capacity), dtype=torch.int64, device=device)

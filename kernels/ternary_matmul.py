@@ -44,7 +44,7 @@ from torch import Tensor
 
 from tetra.autotune.table import lookup
 from tetra.kernels import native
-from tetra.kernels.backend import arch_of, backend_for, on_device_of, tl, triton
+from tetra.kernels.backend import arch_of, backend_for, n_sms, on_device_of, tl, triton
 from tetra.kernels.gelu import gelu_in_registers
 from tetra.kernels.row_quantize import check_finite_scale, quantize_rows_unchecked
 from tetra.kernels.specimen import Specimen
@@ -674,12 +674,6 @@ def _that_divides(config: tuple[int, ...], n_groups: int, dtype: torch.dtype) ->
     return (*config[:2], 1, *config[3:])
 
 
-@cache
-def _n_sms(device: torch.device) -> int:
-    """Multiprocessors of a GPU; an A100's for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
-
-
 _arrival_counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -722,7 +716,7 @@ def _launch_ternary_matmul(
             residual = residual.clone(memory_format=torch.contiguous_format)
     if config is None:
         arch = arch_of(x.device) or 80
-        rows, key = _rows_and_key(arch, _n_sms(x.device), m, n, k, x.dtype, out_dtype)
+        rows, key = _rows_and_key(arch, n_sms(x.device), m, n, k, x.dtype, out_dtype)
         config = lookup("ternary_matmul", arch, key, rows, device=x.device)
     options: dict[str, Any] = dict(zip(CONFIG_FIELDS, _that_divides(config, n_groups, x.dtype), strict=True))
     tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"])

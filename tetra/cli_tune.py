@@ -41,6 +41,9 @@ Model = Annotated[
     str | None,
     typer.Option("--arch", metavar="MODEL", help="Architecture whose shapes are taken, such as vit-b. [default: all]"),
 ]
+Checkers = Annotated[
+    int | None, typer.Option("--jobs", min=1, help="Processes that check candidates. [GPU: 8 or the CPUs; CPU: 1]")
+]
 Budget = Annotated[float, typer.Option("--budget", metavar="SECONDS", help="For all of it.")]
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Processes that compile. [default: all CPUs]")]
 
@@ -156,6 +159,10 @@ def tune_static(
     print(f"results: {target}")
 
 
+def _checkers(jobs: int | None, device: torch.device) -> int:
+    return jobs or (1 if device.type == "cpu" else min(8, os.cpu_count() or 1))
+
+
 @tune_app.command("measure")
 def tune_measure(
     device: Device = None,
@@ -164,9 +171,7 @@ def tune_measure(
     arch: Model = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Candidates of each problem, the best predicted.")] = 12,
     again: Annotated[bool, typer.Option("--again", help="Also what has a result already.")] = False,
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Processes that check candidates. [GPU: 8 or the CPUs; CPU: 1]")
-    ] = None,
+    jobs: Checkers = None,
     json: Json = None,
 ) -> None:
     """Measure candidates on this device, and keep the best of each problem in the user's cache."""
@@ -192,7 +197,7 @@ def tune_measure(
                 store=store,
                 progress=progress,
                 again=again,
-                checkers=jobs or (1 if where.type == "cpu" else min(8, os.cpu_count() or 1)),
+                checkers=_checkers(jobs, where),
             )
         path = store.path_of(measured_tuner.device_identity(where))
     write_json(json, {"file": str(path), **report.to_json()})
@@ -424,9 +429,7 @@ def tune_verify(
     kernel: Kernel = None,
     budget: Budget = 600.0,
     arch: Model = None,
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Processes that check candidates. [GPU: 8 or the CPUs; CPU: 1]")
-    ] = None,
+    jobs: Checkers = None,
     json: Json = None,
 ) -> None:
     """Measure what is chosen against all other configurations: regret is chosen / best found, 1 at best."""
@@ -442,7 +445,7 @@ def tune_verify(
             where,
             budget_s=budget,
             progress=progress,
-            checkers=jobs or (1 if where.type == "cpu" else min(8, os.cpu_count() or 1)),
+            checkers=_checkers(jobs, where),
         )
     write_json(json, report.to_json())
     rows = make_table(

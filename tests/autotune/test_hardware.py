@@ -207,8 +207,8 @@ def test_what_the_kernels_do_not_run_on_is_refused() -> None:
         detect("cpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_without_a_gpu() -> None:
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device: cuda is not there"):
         detect()
 

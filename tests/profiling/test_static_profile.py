@@ -195,7 +195,9 @@ def test_a_tree_is_read_alone(tetra: Runner, repository: Path, tmp_path: Path) -
     (repository / "autotune" / "workloads.py").unlink()  # without it a tree only lists what its kernels' files list
     result = check(tetra, repository, "--kernel", "bits", "--json", tmp_path / "found.json")
     assert result.status == 0, result.err
-    assert [row["what"] for row in read_json(tmp_path / "found.json")["findings"]], "no configuration went with the file"
+    assert [row["what"] for row in read_json(tmp_path / "found.json")["findings"]], (
+        "no configuration went with the file"
+    )
     assert "is gone" in result.out
 
 
