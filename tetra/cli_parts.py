@@ -104,13 +104,13 @@ def print_report(lines: list[str], notices: list[str], pictures: list[Path], fol
 def chosen_device(name: str | None) -> str:
     import torch
 
+    from tetra.devices import why_unusable
+
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()  # a device without memory, such as meta, has no values either
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA fails an assertion
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device '{name}': {reason}; use cpu or a device of this machine") from None
+    reason = why_unusable(name)
+    if reason is not None:
+        raise ConfigError(f"--device '{name}': {reason}; use cpu or a device of this machine")
     return name
 
 

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import tetra
 from tetra.datasets import IntArray, PlaceDataset
+from tetra.devices import why_unusable
 from tetra.errors import ConfigError, DatasetError, TetraError
 from tetra.images import SkippedImage, iterate_batches, list_images
 from tetra.kernels import hamming_search, pack_bits
@@ -317,13 +318,10 @@ def _device_name(device: torch.device) -> str:
 def _move(model: nn.Module, device: str | torch.device | None) -> None:
     if device is None:
         return
-    try:
-        model.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA fails an assertion
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"device '{device}' cannot be used ({reason}); choose cpu or a device of this machine"
-        ) from None
+    reason = why_unusable(device)
+    if reason is not None:
+        raise ConfigError(f"device '{device}' cannot be used ({reason}); choose cpu or a device of this machine")
+    model.to(torch.device(device))
 
 
 def format_recalls(recalls: dict[int, float]) -> str:

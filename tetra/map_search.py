@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tetra.devices import why_unusable
 from tetra.errors import MapError
 from tetra.kernels import HammingDatabase, hamming_search
 from tetra.map_columns import Part
@@ -44,11 +45,9 @@ class DeviceSearch(PartSearch):
     def __init__(self, devices: Sequence[torch.device | str]) -> None:
         self._devices = []
         for device in devices:
-            try:
-                torch.empty(1, dtype=torch.uint8, device=device).cpu()
-            except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-                reason = str(error).splitlines()[0]
-                raise MapError(f"search_devices: '{device}': {reason}; name devices of this machine") from None
+            reason = why_unusable(device)
+            if reason is not None:
+                raise MapError(f"search_devices: '{device}': {reason}; name devices of this machine")
             self._devices.append(torch.device(device))
         if not self._devices:
             raise MapError("search_devices: none given; name one, such as 'cuda', or leave it out")
