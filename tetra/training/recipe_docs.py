@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tetra.model import TetraModel
 from tetra.training.finetune import PlaceSource
@@ -168,13 +168,13 @@ def list_table(recipes: Sequence[Recipe]) -> Table:
         table.add_column(name, justify="right" if name == "bits" else "left", overflow="fold")
     for recipe in recipes:
         made = facts(recipe)
-        table.add_row(*map(escape, (recipe.name, made.model, str(made.n_bits), made.teacher, recipe.description)))
+        table.add_row(*map(Text, (recipe.name, made.model, str(made.n_bits), made.teacher, recipe.description)))
     return table
 
 
 def settings_table(recipe: Recipe) -> Table:
     """All settings of a recipe; the default is shown where the value is another."""
-    table = Table(title=escape(f"{recipe.name}: {recipe.description}"), title_justify="left")
+    table = Table(title=Text(f"{recipe.name}: {recipe.description}"), title_justify="left")
     for name in ("setting", "value", "default", "meaning"):
         table.add_column(name, overflow="fold")
     section = ""
@@ -183,7 +183,7 @@ def settings_table(recipe: Recipe) -> Table:
             section = setting.section
             table.add_section()
         default = setting.default if setting.departs else None
-        table.add_row(*map(escape, (setting.path, setting.value, default or "", setting.meaning)))
+        table.add_row(*map(Text, (setting.path, setting.value, default or "", setting.meaning)))
     return table
 
 
