@@ -11,12 +11,12 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 Thread = tuple[int, int]  # process, thread
-Kind = Literal["kernel", "copy", "fill", "graph", "operator"]
+Kind = Literal["kernel", "copy", "fill", "graph", "operator", "range"]
 By = Literal["range", "kernel"]
 
 NO_RANGE = "(no range)"
@@ -49,10 +49,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """Something that took time: on the GPU, or an operator on the CPU where a trace has nothing of a GPU.
+    """Something that took time: on the GPU; or on the CPU, an operator or a range, where a file has nothing of a GPU.
 
     Attributes:
-        duration_ns: of an operator without those that it called.
+        duration_ns: of an operator or range without those inside it.
         n_bytes: memory traffic, where it was measured; of a copy or fill its size.
         metrics: what else was measured of it, by the tool's own names.
     """
@@ -90,7 +90,7 @@ class Profile:
 
     @property
     def is_of_gpu(self) -> bool:
-        return not any(activity.kind == "operator" for activity in self.activities)
+        return not any(activity.kind in ("operator", "range") for activity in self.activities)
 
 
 def attribute(launches: Sequence[tuple[Thread, int]], spans: Iterable[Span]) -> list[tuple[str, ...]]:
@@ -140,6 +140,26 @@ def _sweep(
             next_span += 1
         open_spans = [span for span in open_spans if span.end_ns >= time]
         yield number, tuple(span.name for span in open_spans)
+
+
+def activities_of(spans: Iterable[Span]) -> list[Activity]:
+    """The ranges themselves, as what took time on the CPU: each without the ranges that its thread opened in it."""
+    by_thread: dict[Thread, list[Span]] = defaultdict(list)
+    for span in spans:
+        by_thread[span.thread].append(span)
+    found: list[Activity] = []
+    for own in by_thread.values():
+        open_spans: list[tuple[Span, int]] = []  # with its number in ``found``
+        for span in sorted(own, key=lambda span: (span.start_ns, -span.end_ns)):
+            open_spans = [(outer, number) for outer, number in open_spans if outer.end_ns > span.start_ns]
+            if open_spans:
+                outer, number = open_spans[-1]
+                inside = min(span.end_ns, outer.end_ns) - span.start_ns
+                found[number] = replace(found[number], duration_ns=max(found[number].duration_ns - inside, 0))
+            path = (*(outer.name for outer, _ in open_spans), span.name)
+            open_spans.append((span, len(found)))
+            found.append(Activity(span.name, "range", span.start_ns, span.end_ns - span.start_ns, path))
+    return found
 
 
 # --- tables

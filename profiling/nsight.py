@@ -96,6 +96,11 @@ INSTALL = {
     "https://developer.nvidia.com/nsight-compute",
 }
 
+NOTHING_RECORDED = (
+    "nothing was recorded, and no report written: no kernel of the kind asked for ran, or no range of that name was "
+    "opened in a process that uses CUDA (--range, --inside, --kernel; tetra profile torch shows which ranges there are)"
+)
+
 _NO_PERMISSION = "ERR_NVGPUCTRPERM"
 PERMISSION = (
     "the driver lets only administrators read performance counters (ERR_NVGPUCTRPERM). One of these helps: run as "
@@ -313,6 +318,8 @@ class Outcome:
 def run(recipe: Recipe) -> Outcome:
     """Run the commands of a recipe; what they say goes to stdout and stderr as it comes.
 
+    What ncu says is listened to; the others have the terminal, if there is one, for themselves.
+
     Raises:
         OSError: the program can't be started, or the folder of the output can't be made.
     """
@@ -321,15 +328,18 @@ def run(recipe: Recipe) -> Outcome:
         output.unlink(missing_ok=True)  # or an old one would be taken for the result of this run
     environment = {**os.environ, **recipe.environment}
     for number, command in enumerate(recipe.commands):
-        status, denied = _run(command, environment, listen=bool(recipe.tool))
+        status, denied = _run(command, environment, listen=recipe.tool == "ncu")
         if denied:
             return Outcome(status or 1, shlex.join(command), PERMISSION)
+        to_convert = number == 0 and len(recipe.commands) > 1
+        if status == 0 and to_convert and not recipe.outputs[-1].exists():
+            return Outcome(1, shlex.join(command), NOTHING_RECORDED)
         if status == 0:
             continue
-        if number == 0 and len(recipe.commands) > 1 and recipe.outputs[-1].exists():
+        if to_convert and recipe.outputs[-1].exists():
             # The profiled command failed; what was recorded up to there is worth converting.
             for others in recipe.commands[1:]:
-                _run(others, environment, listen=True)
+                _run(others, environment, listen=False)
         return Outcome(status, shlex.join(command))
     return Outcome(0)
 

@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tetra.profiling.events import Activity, Kind, Profile, ReadError, Span, Thread, attribute
+from tetra.profiling.events import Activity, Kind, Profile, ReadError, Span, Thread, activities_of, attribute
 
 _LAUNCHES = ("CUPTI_ACTIVITY_KIND_RUNTIME", "CUPTI_ACTIVITY_KIND_DRIVER")
 _GPU: dict[str, Kind] = {
@@ -79,7 +79,8 @@ class _Export:
         if n_open:
             notices.append(f"{n_open} ranges were still open when recording ended; they count up to there")
         if not activities:
-            notices.append("the export has no kernels: was anything launched while nsys recorded?")
+            notices.append("the export has no kernels: times are of ranges on the CPU")
+            activities = activities_of(spans)
         device = next((n for (n,) in self.rows("TARGET_INFO_GPU", "name") if isinstance(n, str)), None)
         return Profile(self.path, "nsys", device, activities, spans, notices)
 

@@ -225,17 +225,21 @@ class Sink(Protocol):
 
 
 class _Nvtx:
-    """The ``nvtx`` package: a domain of our own, categories, colours, and a payload with names for its fields."""
+    """The ``nvtx`` package: a domain of our own, categories, colours, and a payload with names for its fields.
 
-    def __init__(self, domain: Any) -> None:
+    Args:
+        with_shapes: give shape and bytes; else bytes alone, for tools that know no payloads of several fields.
+    """
+
+    def __init__(self, domain: Any, with_shapes: bool = True) -> None:
         import numpy as np
 
-        self._np, self._domain = np, domain
+        self._np, self._domain, self._with_shapes = np, domain, with_shapes
         self._attributes: dict[tuple[str, str], tuple[Any, threading.Lock]] = {}
 
     def push(self, name: str, category: str, shape: tuple[int, ...] | None, n_bytes: int) -> None:
         payload: Any = None
-        if shape:
+        if shape and self._with_shapes:
             fields = [("bytes", "i8"), ("shape", "i8", (len(shape),))]
             payload = self._np.array((n_bytes, shape), dtype=fields)
         elif n_bytes:
@@ -305,7 +309,32 @@ def _nvtx_sink() -> tuple[Sink | None, str]:
             return None, f"{missing}: ranges show in torch.profiler alone"
         return _TorchNvtx(of_torch), f"{missing}: ranges have no domain, colours or payload"
     domain = nvtx.get_domain(DOMAIN)
-    return (_Nvtx(domain), "") if hasattr(domain, "handle") else (None, "")  # a dummy, where no tool listens
+    if hasattr(domain, "handle"):
+        return _Nvtx(domain), ""
+    if "NVTX_INJECTION64_PATH" not in os.environ:  # the domain is a dummy, since no tool listens
+        return None, ""
+    domain = _domain_of_old_tools()
+    if domain is None:
+        return None, 'this tool and the package nvtx don\'t understand each other: pip install "nvtx<0.2.12"'
+    return _Nvtx(domain, with_shapes=False), ""
+
+
+def _domain_of_old_tools() -> Any:
+    """A domain of the package ``nvtx`` for tools that listen without saying so; None where that can't be had.
+
+    Whether a tool listens is asked through an extension of NVTX. Where the tool has another version of that (Nsight
+    Systems 2023.4, which distributions ship, and nvtx from 0.2.12 on) the answer is no, and the package gives dummies.
+    """
+    try:
+        from nvtx._lib import lib  # private, but the same in all those versions
+
+        domain = object.__new__(lib.Domain)
+        domain.handle = lib.DomainHandle(DOMAIN)
+        domain.__init__(DOMAIN)
+        domain.get_event_attributes(DOMAIN, COLOURS["user"], "user", payload=1)
+    except (ImportError, AttributeError, TypeError):
+        return None
+    return domain
 
 
 # --- the state of this process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -53,9 +54,10 @@ shutil.copy(DATABASE, output)
 
 def test_nsys_from_the_command_to_the_report(tetra: Runner, path: Path, tmp_path: Path) -> None:
     tool(path, "nsys", NSYS.replace("DATABASE", repr(str(two_blocks(tmp_path / "given.sqlite")))))
-    command = ("--", sys.executable, "-c", "import os; print('NVTX', os.environ['TETRA_NVTX'])")
+    code = f"import os, pathlib; pathlib.Path({str(tmp_path / 'seen')!r}).write_text(os.environ['TETRA_NVTX'])"
+    command = ("--", sys.executable, "-c", code)
     result = tetra("profile", "nsys", "-o", tmp_path / "run", "--range", "describe", "--skip", 2, *command)
-    assert (result.status, result.out) == (0, "NVTX 1\n")
+    assert (result.status, (tmp_path / "seen").read_text()) == (0, "1")
     assert f"tetra profile read {tmp_path / 'run.sqlite'}" in result.err
     assert (tmp_path / "run.nsys-rep").read_text() == "describe:2:1"
     result = tetra("profile", "read", tmp_path / "run.sqlite", "--json", tmp_path / "report.json")
@@ -80,7 +82,24 @@ def test_the_status_of_the_command(tetra: Runner, path: Path, tmp_path: Path) ->
     result = tetra("profile", "nsys", "-o", tmp_path / "run", "--", "true")
     assert result.status == 128 + 15
     tool(path, "nsys", "")
-    assert_refused(tetra("profile", "nsys", "-o", tmp_path / "other", "--", "true"), "was not written")
+    result = tetra("profile", "nsys", "-o", tmp_path / "other", "--", "true")
+    assert_refused(result, "nothing was recorded", "--range")
+
+
+@pytest.mark.skipif(shutil.which("nsys") is None, reason="needs Nsight Systems (nsys)")
+def test_the_real_nsys_where_there_is_one(tmp_path: Path) -> None:
+    """The ranges alone, which need no GPU."""
+    pytest.importorskip("nvtx")
+    for i in range(3):
+        photo(tmp_path / f"images/{i}.png", i)
+    command = [TETRA, "match", "nano", tmp_path / "images", tmp_path / "images", "--device", "cpu"]
+    subprocess.run([TETRA, "profile", "nsys", "-o", tmp_path / "run", "--", *command], check=True)
+    found = rows(tmp_path / "run.sqlite")
+    assert {"load model", "describe", "stem", "blocks.0", "mlp.up", "head", "search"} <= set(found)
+    sizes = sum(path.stat().st_size for path in (tmp_path / "images").iterdir())
+    assert (found["read image"].calls, found["read image"].input_bytes) == (6, 2 * sizes)
+    assert found["describe"].input_bytes == 2 * 3 * 3 * 224 * 224
+    assert 0 < (found["blocks.0"].wall_ns or 0) < (found["describe"].wall_ns or 0)
 
 
 def test_ncu_without_permission(tetra: Runner, path: Path, tmp_path: Path) -> None:

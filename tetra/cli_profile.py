@@ -24,7 +24,9 @@ from tetra.cli_parts import (
 from tetra.errors import ConfigError, TetraError
 
 if TYPE_CHECKING:
-    from tetra.profiling.events import By, Profile
+    from collections.abc import Callable
+
+    from tetra.profiling.events import By, Profile, Row
     from tetra.profiling.nsight import Recipe, Window
 
 profile_app = typer.Typer(
@@ -245,27 +247,31 @@ def _read(file: Path) -> Profile:
 
 
 def _print_rows(profile: Profile, by: By, top: int) -> None:
-
     from tetra.profiling.events import readable, table
     from tetra.profiling.nsight import METRICS
 
     rows = table(profile, by)
-    what = f"{len(profile.activities)} launches" if profile.is_of_gpu else f"{len(profile.activities)} operators (CPU)"
+    kinds = {activity.kind for activity in profile.activities}
+    things = "launches" if profile.is_of_gpu else "ranges (CPU)" if kinds == {"range"} else "operators (CPU)"
+    what = f"{len(profile.activities)} {things}"
     title = f"{profile.source}: {profile.device or 'no GPU named'}, {what}, {_ms(profile.total_ns)} ms"
     if by == "range":
-        found = make_table(title, "range", "ms", "of it own", "share", "launches", "calls", "wall ms", "bytes", "input")
+        cells: dict[str, Callable[[Row], str]] = {
+            "range": lambda row: row.name,
+            "ms": lambda row: _ms(row.time_ns),
+            "of it own": lambda row: _ms(row.own_ns),
+            "share": lambda row: f"{row.share:.1%}",
+            "launches": lambda row: str(row.count),
+            "calls": lambda row: "" if row.calls is None else str(row.calls),
+            "wall ms": lambda row: "" if row.wall_ns is None else _ms(row.wall_ns),
+            "bytes": lambda row: _count(row.n_bytes),
+            "input": lambda row: _count(row.input_bytes),
+        }
+        if kinds == {"range"}:  # nothing was launched: what there is of time is wall time
+            cells = {name: cell for name, cell in cells.items() if name not in ("launches", "wall ms", "bytes")}
+        found = make_table(title, *cells)
         for row in rows[:top]:
-            found.add_row(
-                row.name,
-                _ms(row.time_ns),
-                _ms(row.own_ns),
-                f"{row.share:.1%}",
-                str(row.count),
-                "" if row.calls is None else str(row.calls),
-                "" if row.wall_ns is None else _ms(row.wall_ns),
-                _count(row.n_bytes),
-                _count(row.input_bytes),
-            )
+            found.add_row(*(cell(row) for cell in cells.values()))
     else:
         measured = {name for row in rows for name in row.metrics}
         shown = [metric for metric in METRICS if metric.label and metric.name in measured]

@@ -185,7 +185,7 @@ def bin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_commands_run_one_after_the_other(bin_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_run_one_after_the_other(bin_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     log = tool(bin_folder, "nsys", WRITES)
     recipe = nsight.nsys(COMMAND, tmp_path / "deep" / "out", Window("describe", 2, 3))
     assert recipe.is_there()
@@ -194,7 +194,7 @@ def test_commands_run_one_after_the_other(bin_folder: Path, tmp_path: Path, caps
     assert [arguments for arguments, _ in calls] == [command[1:] for command in recipe.commands]
     assert all(found == recipe.environment for _, found in calls)
     assert [path.exists() for path in recipe.outputs] == [True, True]
-    assert capsys.readouterr() == ("on stdout\n" * 2, "on stderr\n" * 2)
+    assert capfd.readouterr() == ("on stdout\n" * 2, "on stderr\n" * 2)
 
 
 def test_the_status_of_the_profiled_command(bin_folder: Path, tmp_path: Path) -> None:
@@ -207,6 +207,14 @@ def test_the_status_of_the_profiled_command(bin_folder: Path, tmp_path: Path) ->
     tool(bin_folder, "nsys", "import signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert nsight.run(recipe).status == -9
     assert not recipe.outputs[0].exists()  # that of the run before is not taken for this one's
+
+
+@pytest.mark.parametrize("name", ["nsys", "ncu"])
+def test_a_tool_that_recorded_nothing_writes_no_report(bin_folder: Path, tmp_path: Path, name: str) -> None:
+    log = tool(bin_folder, name, "")
+    outcome = nsight.run(getattr(nsight, name)(COMMAND, tmp_path / "out", Window("describe")))
+    assert (outcome.status, outcome.advice) == (1, nsight.NOTHING_RECORDED)
+    assert len(log.read_text().splitlines()) == 1  # there is nothing to convert
 
 
 def test_a_driver_that_gives_no_counters(bin_folder: Path, tmp_path: Path) -> None:

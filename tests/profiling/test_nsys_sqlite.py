@@ -162,12 +162,27 @@ def test_other_databases(tmp_path: Path) -> None:
         read(database(tmp_path / "d.sqlite", "CREATE VIEW NVTX_EVENTS AS SELECT 1 AS start, 2 AS other"))
 
 
-def test_ranges_without_kernels(tmp_path: Path) -> None:
+def test_without_kernels_the_ranges_are_what_took_time(tmp_path: Path) -> None:
     export = Export(tmp_path / "a.sqlite")
     export.range("describe", 0, 100)
+    export.range("blocks", 10, 60)
+    export.range("blocks.0", 10, 30)
+    export.range("describe", 200, 220)
+    export.range("read image", 5, 95, (7, 70))  # of another thread
+    export.range("overlaps", 210, 230, kind=START_END)  # and goes on after the range in which it began
     profile = read(export.path)
     assert any("no kernels" in notice for notice in profile.notices)
-    assert rows(export.path)["describe"].wall_ns == 100
+    assert not profile.is_of_gpu
+    found = {row.name: row for row in table(profile, "range")}
+    assert {name: (row.time_ns, row.own_ns, row.calls, row.wall_ns) for name, row in found.items()} == {
+        "describe": (130, 60, 2, 120),  # what began in it is counted whole, as kernels are
+        "blocks": (50, 30, 1, 50),
+        "blocks.0": (20, 20, 1, 20),
+        "read image": (90, 90, 1, 90),
+        "overlaps": (20, 20, 1, 20),
+    }
+    assert profile.total_ns == sum(row.own_ns for row in found.values())
+    assert {row.name: row.time_ns for row in table(profile)} == {row.name: row.own_ns for row in found.values()}
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -446,7 +446,8 @@ tetra.load("nano").describe(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 @pytest.fixture(scope="module")
 def nvtx_tool(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tool that NVTX loads, as it loads Nsight's; it writes a line for each event."""
+    """A tool that NVTX loads, as it loads Nsight's; it writes a line for each event. With OLD_NVTX=1 it has another
+    version of NVTX's extensions, as the Nsight Systems of some distributions has."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or not sys.platform.startswith("linux"):
         pytest.skip("no C compiler to build an NVTX tool")
@@ -510,3 +511,41 @@ assert len(list(DataLoader(dataset, num_workers=1, multiprocessing_context="fork
     assert len(named["read image"]) == 9
     assert len(named["load item"]) == 3
     assert len(by_thread) >= 3
+
+
+def test_a_tool_of_another_version_of_nvtx_gets_ranges_too(nvtx_tool: Path, tmp_path: Path) -> None:
+    code = """
+import torch, tetra
+from tetra.profiling import ranges
+ranges.enable()
+tetra.load("nano").describe(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+"""
+    pushes = {}
+    for old in ("", "1"):
+        log = tmp_path / f"log{old}"
+        python(code, NVTX_INJECTION64_PATH=str(nvtx_tool), NVTX_LOG=str(log), OLD_NVTX=old)
+        (events,) = nvtx_events(log).values()
+        pushes[old] = [
+            (name, colour, *rest)
+            for kind, _, *fields in events
+            if kind == "push"
+            for name, _, colour, *rest in [fields]
+        ]
+    assert len(pushes[""]) > 10
+    # The same ranges; of the payload only the bytes, since fields with names are what the versions differ in.
+    assert pushes["1"] == [(name, colour, *(part.split(" ")[0] for part in rest)) for name, colour, *rest in pushes[""]]
+    assert any(" " in rest[0] for _, _, *rest in pushes[""] if rest)
+
+
+def test_a_package_that_can_not_be_used_is_named(nvtx_tool: Path, tmp_path: Path) -> None:
+    code = """
+import warnings, nvtx._lib.lib as lib
+del lib.DomainHandle
+from tetra.profiling import ranges
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    ranges.enable()
+print([str(warning.message) for warning in caught])
+"""
+    tool = {"NVTX_INJECTION64_PATH": str(nvtx_tool), "NVTX_LOG": str(tmp_path / "log"), "OLD_NVTX": "1"}
+    assert 'pip install "nvtx<0.2.12"' in python(code, **tool).stdout

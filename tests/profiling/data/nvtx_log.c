@@ -87,3 +87,10 @@ int InitializeInjectionNvtx2(const void *(*export_table)(uint32_t id)) {
     *table[CREATE_DOMAIN] = (void *)create_domain;
     return 1;
 }
+
+/* NVTX calls this for each of its extensions; 0 says that this tool has another version of it. */
+int InitializeInjectionNvtxExtension(void *module) {
+    const char *old = getenv("OLD_NVTX");
+    (void)module;
+    return !(old && *old);
+}
