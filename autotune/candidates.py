@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import time
@@ -18,6 +19,10 @@ CANDIDATE_TIMEOUT_S = 120.0  # to compile, run and check one
 START_TIMEOUT_S = 300.0  # of a process: imports, and a GPU's context
 
 Tunables = Callable[[], Mapping[str, Tunable]]
+
+
+OUT_OF_MEMORY = f"raised {torch.OutOfMemoryError.__name__}"
+"""How the reason begins of what found no memory, which other processes may have had."""
 
 
 class CandidateFailed(Exception):
@@ -64,6 +69,12 @@ class Bench:
         seconds = self.timer(self._runs.setdefault(config, lambda: trial.run(config)))
         return self.timer.method, seconds
 
+    def release(self) -> None:
+        """Give back the memory of the problem at hand."""
+        self._trial, self._problem, self._expected, self._runs = None, None, (), {}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def healthy(self) -> bool:
         """Whether the device still works: an illegal access spoils a GPU for the rest of the process."""
         try:
@@ -74,9 +85,9 @@ class Bench:
 
     def _trial_of(self, kernel: str, sizes: Sizes) -> Trial:
         if self._trial is None or self._problem != (kernel, sizes):
-            self._trial, self._expected = None, ()
+            self.release()
             self._trial = self.tunables[kernel].trial(sizes, self.device)
-            self._problem, self._runs = (kernel, sizes), {}
+            self._problem = (kernel, sizes)
         return self._trial
 
     def _synchronize(self) -> None:
@@ -167,6 +178,12 @@ class Worker:
                 self.stop()
                 raise RuntimeError("a process to measure in ended as it started; see its output above") from None
         return self._pipe
+
+    def release(self, deadline: float) -> None:
+        """Give back the memory of the problem at hand, if there is a process."""
+        if self._pipe is not None:
+            with contextlib.suppress(CandidateFailed):  # it is gone, and so is its memory
+                self("release", deadline=deadline)
 
     def kill(self) -> None:
         """End the process, whatever it does; a call that waits for it fails."""

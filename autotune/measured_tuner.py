@@ -32,6 +32,7 @@ import torch
 from tetra.autotune import table
 from tetra.autotune.candidates import (
     CANDIDATE_TIMEOUT_S,
+    OUT_OF_MEMORY,
     Bench,
     BudgetSpent,
     CandidateFailed,
@@ -248,8 +249,20 @@ class _Session:
                 self.check_budget()
                 reasons[config] = self._bench.check(kernel, sizes, config)
             return {config: reason for config, reason in reasons.items() if reason is not None}
+        wrong = self._wrong_by(self._workers, kernel, sizes, candidates)
+        # Side by side, they may need more memory than there is: those that found none have it for themselves now.
+        starved = [config for config, reason in wrong.items() if reason.startswith(OUT_OF_MEMORY)]
+        for worker in self._workers if starved else self._workers[1:]:
+            worker.release(self.deadline)
+        again = self._wrong_by(self._workers[:1], kernel, sizes, starved)
+        reasons = {c: again.get(c) if c in starved else reason for c, reason in wrong.items()}
+        return {config: reason for config, reason in reasons.items() if reason is not None}
+
+    def _wrong_by(
+        self, workers: Sequence[Worker], kernel: str, sizes: Sizes, candidates: Sequence[Config]
+    ) -> dict[Config, str]:
         free: queue.Queue[Worker] = queue.Queue()
-        for worker in self._workers[: len(candidates)]:
+        for worker in workers[: len(candidates)]:
             free.put(worker)
 
         def reason(config: Config) -> str | None:
@@ -270,7 +283,7 @@ class _Session:
             except BaseException:
                 for future in futures:
                     future.cancel()
-                for worker in self._workers:  # or this would wait for the candidates at work
+                for worker in workers:  # or this would wait for the candidates at work
                     worker.kill()
                 raise
         return {config: text for config, text in zip(candidates, found, strict=True) if text is not None}

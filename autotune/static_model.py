@@ -83,14 +83,14 @@ class Code:
         return _kinds(self.outside)
 
     @cached_property
-    def _analyses(self) -> dict[tuple[str, str, int], CodeClocks]:
+    def _analyses(self) -> dict[tuple[str, str, int, int], CodeClocks]:
         return {}
 
-    def clocks(self, product: Product, dtype: str, macs: int) -> CodeClocks:
+    def clocks(self, product: Product, work: Work) -> CodeClocks:
         """What a block takes of every unit; see ``tetra.profiling.roofline.code_clocks``."""
-        key = (product.name, dtype, macs)
+        key = (product.name, work.dtype, work.macs, work.popcounts)
         if key not in self._analyses:
-            found = code_clocks(self.loop, self.outside, self.num_warps, product, dtype, macs)
+            found = code_clocks(self.loop, self.outside, self.num_warps, product, work.dtype, work.macs, work.popcounts)
             if any(_kind(name) == "mma" and not _NEW_PRODUCTS.match(name) for name in self.loop):
                 for part in (found.loop, found.once):
                     part["tensor"] /= MMA_SHARE.get(product.arch, 1.0)
@@ -165,7 +165,7 @@ def _waits(names: Mapping[str, int], kinds: Counter[str]) -> float:
 
 def predict(work: Work, code: Code, product: Product) -> Prediction:
     """Predicted time of a launch of ``code``, which may run, by the formula of this module."""
-    clocks, kinds, has_loop = code.clocks(product, work.dtype, work.macs), code.loop_kinds, bool(code.outside)
+    clocks, kinds, has_loop = code.clocks(product, work), code.loop_kinds, bool(code.outside)
     iterations = work.iterations / clocks.unrolled if has_loop else 1
     in_turn = -(-work.blocks // product.n_sms)
     resident = max(code.resident(product), 1)

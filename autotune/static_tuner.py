@@ -3,7 +3,8 @@ ranks the others by the model of :mod:`tetra.autotune.static_model`.
 
 Candidates are compiled by several processes. What was read of each is kept, by kernel source, compiler and
 architecture, so that only what changed is compiled again. A row other than the kernel's own choice is taken where it is
-predicted to need less than ``MARGIN`` of its time: the model is no better than that, and nothing here was measured.
+predicted to need less than ``MARGIN`` of its time, and ``LEAST_GAIN_S`` less: the model is no better than that, and
+nothing here was measured.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from tetra.kernels.tunable import Config, Tunable, Work, all_tunables
 Progress = Callable[[int, int, str], None]
 
 MARGIN = 0.95
+LEAST_GAIN_S = 0.5e-6
 NOTE = "static, unmeasured"
 _SAVE_EVERY_S = 10.0  # what was compiled; an interruption loses no more
 
@@ -92,10 +94,10 @@ class StaticResult:
     notices: list[str] = field(default_factory=list)
 
     def chosen(self, tunable: str, key: str) -> Candidate | None:
-        """The default, unless another row is predicted to be faster by the margin; None if all were refused."""
+        """The default, unless another row is predicted to be faster by the margins; None if all were refused."""
         ranked = self.ranked[tunable][key]
         default = next((one for one in ranked if one.config == self.defaults[tunable][key]), None)
-        if default is not None and ranked[0].seconds > MARGIN * default.seconds:
+        if default is not None and ranked[0].seconds > min(MARGIN * default.seconds, default.seconds - LEAST_GAIN_S):
             return default
         return ranked[0] if ranked else None
 

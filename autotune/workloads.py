@@ -5,6 +5,7 @@ Inference is in float16; training has a float32 stream and bfloat16 for all else
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 TRAINING_BATCHES = (8, 32, 128)
 DROPOUT = 0.1
 NEIGHBOURS = 25
-ROWS = 200_000  # of a database
+ROWS = (200_000, 1_000_000)  # of a database
 DESCRIPTOR_BITS = (12288, 8448, 8192, 6400)  # of BoQ, SALAD, 1 KiB, and the small MixVPR
 PLACES = ((400, 12288), (400, 8448), (96, 6400))  # descriptors that are compared in a step of fine-tuning, and bits
 TEACHERS = ((768, "bfloat16"), (432, "float32"))  # width and dtype of tokens
@@ -159,7 +160,8 @@ def _descriptors_and_searches(batch: int) -> Iterator[Problem]:
     for bits in DESCRIPTOR_BITS:
         for dtype in ("float16", "float32"):
             yield Problem("bits", {"rows": batch, "d": bits, "dtype": dtype, "checked": True})
-        search = {"n_rows": ROWS, "n_bytes": bits // 8, "k": NEIGHBOURS}
+    for n_rows, bits in itertools.product(ROWS, DESCRIPTOR_BITS):
+        search = {"n_rows": n_rows, "n_bytes": bits // 8, "k": NEIGHBOURS}
         for n_queries in (1, 2, 4, 8, 16):
             yield Problem("hamming_popcount", {"n_queries": n_queries, **search})
         for n_queries in (4, 8, 16, 32, 64, 128, 256, 1024):

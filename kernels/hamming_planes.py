@@ -50,11 +50,12 @@ from tetra.kernels.hamming_popcount import (
     range_by_rows,
     rows_that_count,
     search_trial,
+    shape_key,
     start_lists,
     topk_by_queries,
 )
 from tetra.kernels.specimen import Specimen
-from tetra.kernels.tunable import Sizes, Tunable, Work, bucket
+from tetra.kernels.tunable import Sizes, Tunable, Work
 
 GROUP_BYTES = 32  # of a row, a step
 PLANES = 8
@@ -118,16 +119,11 @@ def default_config(arch: int, n_queries: int) -> tuple[int, ...]:
     return next((row for row in reversed(rows) if row[0] >= n_queries and row != CONFIGS[1]), rows[0])
 
 
-def shape_key(n_queries: int, n_bytes: int) -> str:
-    """Key of a shape among the tuned results; the number of queries is rounded up to a power of two."""
-    return f"q{bucket(n_queries)}_b{n_bytes}"
-
-
 @lru_cache(maxsize=4096)
-def _rows_and_key(arch: int, n_queries: int, n_bytes: int) -> tuple[tuple[tuple[int, ...], ...], str]:
-    """What a launch looks up: rows that may run, the default first, and the key."""
+def _rows_and_key(arch: int, n_queries: int, n_rows: int, n_bytes: int) -> tuple[tuple[tuple[int, ...], ...], str]:
+    """What a launch looks up: rows of the table that may run, the default first, and the key."""
     rows = (default_config(arch, n_queries), *configs_for(arch, CONFIGS + MORE_CONFIGS))
-    return rows, shape_key(n_queries, n_bytes)
+    return rows, shape_key(n_queries, n_rows, n_bytes)
 
 
 def cost(n_queries: int, n_rows: int, n_bytes: int, k: int | None = None) -> tuple[int, int]:
@@ -303,10 +299,12 @@ def _plane_topk_kernel(
 _CHUNK = 32  # rows that are appended together; divides BLOCK_R
 
 
-def _fields(config: tuple[int, ...] | None, device: torch.device, n_queries: int, n_bytes: int) -> dict[str, int]:
+def _fields(
+    config: tuple[int, ...] | None, device: torch.device, n_queries: int, n_rows: int, n_bytes: int
+) -> dict[str, int]:
     if config is None:
         arch = arch_of(device)
-        rows, key = _rows_and_key(arch, n_queries, n_bytes)
+        rows, key = _rows_and_key(arch, n_queries, n_rows, n_bytes)
         config = lookup("hamming_planes", arch, key, rows, device=device)
     return dict(zip(CONFIG_FIELDS, config, strict=True))
 
@@ -322,7 +320,7 @@ def launch_distances(queries: Tensor, words: Tensor, n_rows: int, *, config: tup
     n_queries, n_bytes = queries.shape
     distances = torch.empty((n_queries, n_rows), dtype=torch.int32, device=queries.device)
     if n_queries:
-        fields = _fields(config, queries.device, n_queries, n_bytes)
+        fields = _fields(config, queries.device, n_queries, n_rows, n_bytes)
         programs = -(-n_queries // fields["BLOCK_Q"]) * -(-n_rows // fields["BLOCK_R"])
         with on_device_of(queries):
             _plane_distances_kernel[(programs,)](
@@ -344,7 +342,7 @@ def _topk(
 ) -> Tensor:
     """``launch_topk`` of a few queries, with rows that count from 0."""
     n_queries, n_bytes = queries.shape
-    fields = _fields(config, queries.device, n_queries, n_bytes)
+    fields = _fields(config, queries.device, n_queries, n_rows, n_bytes)
     block_q = fields["BLOCK_Q"]
 
     def launch(programs: int, lists: tuple[Tensor, ...], tiles_a_part: int, capacity: int) -> None:
@@ -444,7 +442,7 @@ def tunables() -> list[Tunable]:
             module="hamming_planes",
             on="cuda",
             fields=CONFIG_FIELDS,
-            key=lambda sizes: shape_key(sizes["n_queries"], sizes["n_bytes"]),
+            key=lambda sizes: shape_key(sizes["n_queries"], sizes["n_rows"], sizes["n_bytes"]),
             space=lambda arch, sizes: configs_for(arch, CONFIGS + MORE_CONFIGS),
             default=lambda arch, n_sms, sizes: default_config(arch, sizes["n_queries"]),
             works=_works,

@@ -122,15 +122,20 @@ def default_config(n_queries: int) -> tuple[int, ...]:
     return next((row for row in reversed(CONFIGS) if row[0] >= n_queries), CONFIGS[0])
 
 
-def shape_key(n_queries: int, n_bytes: int) -> str:
-    """Key of a shape among the tuned results; the number of queries is rounded up to a power of two."""
-    return f"q{bucket(n_queries)}_b{n_bytes}"
+def shape_key(n_queries: int, n_rows: int, n_bytes: int) -> str:
+    """Key of a search among the tuned results; for both kernels.
+
+    The number of queries is rounded up to a power of two, that of rows to a power of four from 4096 to 1,048,576: what
+    counts is how often the tiles fill a GPU, and from there on they do so many times.
+    """
+    rows = 1 << 2 * -(-max(n_rows - 1, 0).bit_length() // 2)
+    return f"q{bucket(n_queries)}_r{min(max(rows, 2**12), 2**20)}_b{n_bytes}"
 
 
 @lru_cache(maxsize=4096)
-def _rows_and_key(n_queries: int, n_bytes: int) -> tuple[tuple[tuple[int, ...], ...], str]:
-    """What a launch looks up: rows that may run, the default first, and the key."""
-    return (default_config(n_queries), *CONFIGS, *MORE_CONFIGS), shape_key(n_queries, n_bytes)
+def _rows_and_key(n_queries: int, n_rows: int, n_bytes: int) -> tuple[tuple[tuple[int, ...], ...], str]:
+    """What a launch looks up: rows of the table that may run, the default first, and the key."""
+    return (default_config(n_queries), *CONFIGS, *MORE_CONFIGS), shape_key(n_queries, n_rows, n_bytes)
 
 
 def cost(n_queries: int, n_rows: int, n_bytes: int, k: int | None = None) -> tuple[int, int]:
@@ -512,9 +517,11 @@ def _chunk(block_q: int, block_r: int) -> int:
     return min(1024 // block_q, block_r)
 
 
-def _fields(config: tuple[int, ...] | None, device: torch.device, n_queries: int, n_bytes: int) -> dict[str, int]:
+def _fields(
+    config: tuple[int, ...] | None, device: torch.device, n_queries: int, n_rows: int, n_bytes: int
+) -> dict[str, int]:
     if config is None:
-        rows, key = _rows_and_key(n_queries, n_bytes)
+        rows, key = _rows_and_key(n_queries, n_rows, n_bytes)
         config = lookup("hamming_popcount", arch_of(device), key, rows, device=device)
     return dict(zip(CONFIG_FIELDS, config, strict=True))
 
@@ -525,7 +532,7 @@ def launch_distances(queries: Tensor, words: Tensor, n_rows: int, *, config: tup
     n_queries, n_bytes = queries.shape
     distances = torch.empty((n_queries, n_rows), dtype=torch.int32, device=queries.device)
     if n_queries:
-        fields = _fields(config, queries.device, n_queries, n_bytes)
+        fields = _fields(config, queries.device, n_queries, n_rows, n_bytes)
         block_q, block_r = fields["BLOCK_Q"], fields["BLOCK_R"]
         programs = -(-n_queries // block_q) * -(-n_rows // block_r)
         with on_device_of(queries):
@@ -550,7 +557,7 @@ def _topk(
 ) -> Tensor:
     """``launch_topk`` of a few queries, with rows that count from 0."""
     n_queries, n_bytes = queries.shape
-    fields = _fields(config, queries.device, n_queries, n_bytes)
+    fields = _fields(config, queries.device, n_queries, n_rows, n_bytes)
     block_q, block_r = fields["BLOCK_Q"], fields["BLOCK_R"]
 
     def launch(programs: int, lists: tuple[Tensor, ...], tiles_a_part: int, capacity: int) -> None:
@@ -667,6 +674,7 @@ def _works(arch: int, n_sms: int, sizes: Sizes, config: tuple[int, ...]) -> list
             n_bytes=moved,
             dtype="fp32",
             resident=fields["blocks_per_sm"],
+            popcounts=fields["BLOCK_Q"] * fields["BLOCK_R"] * COLUMN_BYTES // 4,
         )
     ]
 
@@ -711,7 +719,7 @@ def tunables() -> list[Tunable]:
             module="hamming_popcount",
             on="cuda",
             fields=CONFIG_FIELDS,
-            key=lambda sizes: shape_key(sizes["n_queries"], sizes["n_bytes"]),
+            key=lambda sizes: shape_key(sizes["n_queries"], sizes["n_rows"], sizes["n_bytes"]),
             space=lambda arch, sizes: CONFIGS + MORE_CONFIGS,
             default=lambda arch, n_sms, sizes: default_config(sizes["n_queries"]),
             works=_works,

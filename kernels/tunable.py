@@ -37,6 +37,7 @@ class Work:
         n_bytes: moved at least, every tensor once.
         dtype: of the operands: int8, fp16 (also bf16), tf32 (tensor cores) or fp32 (elsewhere).
         resident: blocks that a multiprocessor has to hold at once, because the launch counts on it.
+        popcounts: of words of 32 bits, in one iteration, with padding; 0 where there are none.
     """
 
     specimen: Specimen
@@ -47,6 +48,7 @@ class Work:
     n_bytes: int
     dtype: str
     resident: int = 1
+    popcounts: int = 0
 
 
 @dataclass(frozen=True)

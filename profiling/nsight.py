@@ -166,19 +166,25 @@ def _check(command: Sequence[str]) -> None:
         raise ValueError("nothing to profile: put the command after --, such as: -- tetra match MODEL QUERIES MAP")
 
 
-def nsys(command: Sequence[str], output: Path, window: Window, *, whole_graphs: bool = False) -> Recipe:
+def nsys(
+    command: Sequence[str], output: Path, window: Window, *, whole_graphs: bool = False, trace: str = "cuda,nvtx"
+) -> Recipe:
     """Nsight Systems: a time line of CUDA calls, kernels and ranges, and its export as SQLite.
 
     Args:
         output: name of the files, without an ending.
         whole_graphs: record a CUDA graph as one event, which costs less than one for each of its kernels.
+        trace: what is recorded, by nsys's names. With ``osrt``, the operating system's calls, a run in which Triton
+            compiles leaves gigabytes, on which nsys works for minutes.
 
     Raises:
-        ValueError: no command.
+        ValueError: no command, or ``trace`` is no list of names.
     """
     _check(command)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*(,[a-z0-9][a-z0-9-]*)*", trace):
+        raise ValueError(f"trace: is '{trace}', expected names that nsys knows, such as cuda,nvtx,osrt")
     report, database = Path(f"{output}.nsys-rep"), Path(f"{output}.sqlite")
-    profile = ["nsys", "profile", "--trace=cuda,nvtx,osrt", "--sample=none", "--cpuctxsw=none"]
+    profile = ["nsys", "profile", f"--trace={trace}", "--sample=none", "--cpuctxsw=none"]
     profile += [f"--cuda-graph-trace={'graph' if whole_graphs else 'node'}", "--trace-fork-before-exec=true"]
     if window.name is not None:  # the ranges themselves call cudaProfilerStart and -Stop
         profile += ["--capture-range=cudaProfilerApi", "--capture-range-end=stop"]

@@ -174,7 +174,13 @@ class CodeClocks:
 
 
 def code_clocks(
-    loop: Mapping[str, int], outside: Mapping[str, int], num_warps: int, product: Product, dtype: str, macs: int
+    loop: Mapping[str, int],
+    outside: Mapping[str, int],
+    num_warps: int,
+    product: Product,
+    dtype: str,
+    macs: int,
+    popcounts: int = 0,
 ) -> CodeClocks:
     """Unit by unit, what a block of compiled code takes on ``product``.
 
@@ -183,6 +189,7 @@ def code_clocks(
         num_warps: of a block.
         dtype: of the tensor cores' operands.
         macs: multiply-adds of an iteration as it is written, 0 without any.
+        popcounts: of words, in an iteration as it is written, 0 without any.
     """
     taken = named_clocks(loop, num_warps, product)
     sizes = {name: warp_macs(name) for name in loop if Instruction(0, name, "").kind == "mma"}
@@ -192,6 +199,9 @@ def code_clocks(
     elif macs:
         found = num_warps * sum((size or 0) * loop[name] for name, size in sizes.items())
         unrolled = max(round(found / macs), 1)
+    elif popcounts:
+        found = num_warps * _LANES * sum(n for name, n in loop.items() if Instruction(0, name, "").base == "POPC")
+        unrolled = max(round(found / popcounts), 1)
     return CodeClocks(taken, named_clocks(outside, num_warps, product), unrolled)
 
 

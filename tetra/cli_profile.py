@@ -114,6 +114,9 @@ def nsys(
     whole_graphs: Annotated[
         bool, typer.Option("--whole-graphs", help="A CUDA graph is one event, not one for each kernel in it.")
     ] = False,
+    trace: Annotated[
+        str, typer.Option(metavar="LIST", help="What nsys records; osrt, calls of the system, can take gigabytes.")
+    ] = "cuda,nvtx",
     dry_run: DryRun = False,
 ) -> None:
     """Record COMMAND with Nsight Systems: when what ran, under which range.
@@ -123,7 +126,8 @@ def nsys(
     from tetra.profiling import nsight
 
     with user_errors():
-        recipe = nsight.nsys(command or [], output, _window(range, skip, count), whole_graphs=whole_graphs)
+        window = _window(range, skip, count)
+        recipe = nsight.nsys(command or [], output, window, whole_graphs=whole_graphs, trace=trace)
     _run(recipe, dry_run)
 
 

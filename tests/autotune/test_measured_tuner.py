@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import random
@@ -49,7 +50,23 @@ def trial(sizes: Sizes, device: torch.device) -> Trial:
     return Trial(answer, lambda: (torch.full((1000,), 3.0),))
 
 
-def tunable(name: str, space: tuple[Config, ...]) -> Tunable:
+def tight_trial(sizes: Sizes, device: torch.device) -> Trial:
+    """There is memory for one process at a time; the configuration (3, 9) needs more than there is."""
+    memory = Path(os.environ[FOLDER_VARIABLE], "memory").open("w")  # noqa: SIM115 (closed when the trial is dropped)
+
+    def run(config: Config) -> tuple[Tensor, ...]:
+        try:
+            fcntl.flock(memory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the trial is dropped
+        except BlockingIOError:
+            raise torch.OutOfMemoryError("tried to allocate 1 GiB") from None
+        if config[1] == 9:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+        return (torch.full((1000,), 3.0),)
+
+    return Trial(run, lambda: (torch.full((1000,), 3.0),))
+
+
+def tunable(name: str, space: tuple[Config, ...], trial: Callable[[Sizes, torch.device], Trial] = trial) -> Tunable:
     return Tunable(
         name=name,
         module="native",
@@ -69,6 +86,7 @@ def tunables() -> dict[str, Tunable]:
         "sound": tunable("sound", CONFIGS),
         "faulty": tunable("faulty", tuple((i, fault) for i, fault in enumerate((7, 1, 2, 3, 4, 5, 6, 7)))),
         "broken": tunable("broken", ((0, 1), (1, 2))),
+        "tight": tunable("tight", ((0, 7), (1, 7), (2, 7), (3, 9), (4, 7)), tight_trial),
         "gpu": Tunable(**{**vars(tunable("gpu", CONFIGS)), "on": "cuda"}),
     }
 
@@ -265,6 +283,16 @@ def test_faulty_candidates_are_recorded_and_never_chosen(store: Store, checkers:
     ((kernel, key, reason),) = report.failed
     assert (kernel, key) == ("broken", "n1")
     assert "none of 2 candidates works; the default raised RuntimeError" in reason
+
+
+def test_candidates_that_found_no_memory_beside_others_are_tried_alone(store: Store) -> None:
+    store.folder.mkdir(parents=True)
+    problems = [Problem("tight", {"n": n}) for n in (1, 2)]  # of which the second has what the first gave back
+    report = run(store, Scripted(later_is_faster), problems, isolate=True, checkers=2)
+    for result in report.finished:
+        assert result.config == (4, 7)
+        assert result.rejected == (((3, 9), "raised OutOfMemoryError: tried to allocate 9 GiB"),)
+    assert len(report.finished) == 2
 
 
 def test_a_candidate_that_fails_when_it_is_timed(store: Store) -> None:

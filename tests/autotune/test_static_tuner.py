@@ -21,7 +21,7 @@ from tetra.autotune import static_tuner
 from tetra.autotune.hardware import CHIPS, PRODUCTS, product_of
 from tetra.autotune.source import kernel_hash, toolchain
 from tetra.autotune.static_model import MEMORY_LATENCY, OVERLAP_LOST, TERMS, Code, predict, refusal
-from tetra.autotune.static_tuner import MARGIN, StaticResult, compile_one, explain, save, tune_static
+from tetra.autotune.static_tuner import LEAST_GAIN_S, MARGIN, StaticResult, compile_one, explain, save, tune_static
 from tetra.autotune.workloads import Problem, problems
 from tetra.config import BACKBONES
 from tetra.kernels import bits
@@ -241,6 +241,18 @@ def test_unrolled_loops_run_less_often() -> None:
     assert predict(WORK, twice, A100).terms["tensor"] == pytest.approx(predict(WORK, CODE, A100).terms["tensor"])
 
 
+@pytest.mark.parametrize("config", [(1, 256, 4, 5), (1, 512, 4, 5), (8, 256, 8, 2)])
+def test_loops_of_popcounts_that_the_compiler_unrolls(config: tuple[int, ...]) -> None:
+    """Of the search: whatever is unrolled, all popcounts are counted once."""
+    sizes = {"n_queries": 8, "n_rows": 200_000, "n_bytes": 1024, "k": 25}
+    (work,) = all_tunables()["hamming_popcount"].works(80, A100.n_sms, sizes, config)  # type: ignore[misc]
+    code = Code.of(report(compile_for(work.specimen, 80)))
+    in_turn = -(-work.blocks // A100.n_sms)
+    popcounts = in_turn * work.iterations * config[0] * config[1] * 16 // 4
+    special = predict(work, code, A100).terms["special"]
+    assert special * 1.41e9 == pytest.approx(popcounts / CHIPS[80].popc_per_clock, rel=0.1)
+
+
 def test_old_products_are_slower_on_new_chips() -> None:
     assert predict(WORK, CODE, PRODUCTS["H200"]).terms["tensor"] * 1.83e9 == pytest.approx(
         2 * 10 * MACS / 4096 / 0.63, rel=1e-2
@@ -275,7 +287,7 @@ def test_real_code_gives_what_the_roofline_gives() -> None:
     found = report(compile_for(specimen, 80))
     code = Code.of(found)
     assert code.resident(A100) == found.blocks_per_sm
-    clocks = code.clocks(A100, "fp32", 0)
+    clocks = code.clocks(A100, replace(WORK, dtype="fp32", macs=0))
     for taken, instructions in ((clocks.loop, found.loop), (clocks.once, found.outside)):
         assert taken == pytest.approx(unit_clocks(instructions, found.num_warps, A100))
 
@@ -324,11 +336,20 @@ def test_the_default_stays_unless_another_row_is_clearly_faster(result: StaticRe
     key = MANY_BITS.key
     ranked = result.ranked["bits"][key]
     first, second = ranked[0], ranked[1]
-    near = replace(second, seconds=first.seconds / (MARGIN + 0.01))
-    far = replace(second, seconds=first.seconds / (MARGIN - 0.01))
-    for slower, wanted in ((near, near), (far, first)):
+    long = replace(first, seconds=1e-3)
+    near = replace(second, seconds=1e-3 / (MARGIN + 0.01))
+    far = replace(second, seconds=1e-3 / (MARGIN - 0.01))
+    short = replace(first, seconds=2e-6)
+    a_little = replace(second, seconds=2e-6 + 0.9 * LEAST_GAIN_S)  # 18%, but of next to nothing
+    enough = replace(second, seconds=2e-6 + 1.1 * LEAST_GAIN_S)
+    for best, slower, wanted in (
+        (long, near, near),
+        (long, far, long),
+        (short, a_little, a_little),
+        (short, enough, short),
+    ):
         one = StaticResult(
-            80, A100, {"bits": {key: [first, slower]}}, {"bits": {key: []}}, {"bits": {key: second.config}}
+            80, A100, {"bits": {key: [best, slower]}}, {"bits": {key: []}}, {"bits": {key: second.config}}
         )
         assert one.chosen("bits", key) == wanted
         assert one.top("bits", key, 1) == [wanted.config]

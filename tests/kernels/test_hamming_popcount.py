@@ -28,6 +28,7 @@ from tetra.kernels.hamming_popcount import (
     launch_range,
     launch_topk,
     parts_of_rows,
+    shape_key,
     word_major,
 )
 
@@ -378,6 +379,14 @@ def test_one_query_fills_the_chip_and_many_blocks_need_no_parts() -> None:
 def test_few_queries_have_small_blocks() -> None:
     assert [default_config(n)[0] for n in (1, 2, 3, 4, 5, 8, 9, 1000)] == [1, 2, 4, 4, 8, 8, 8, 8]
     assert all(default_config(n) in CONFIGS for n in range(1, 20))
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "bucket"),
+    [(1, 4096), (4096, 4096), (4097, 16384), (200_000, 262_144), (262_145, 1_048_576), (2**31 - 1024, 1_048_576)],
+)
+def test_searches_of_databases_of_about_one_size_share_a_key(n_rows: int, bucket: int) -> None:
+    assert shape_key(5, n_rows, 800) == f"q8_r{bucket}_b800"
 
 
 def test_cost_counts_pairs_of_words_and_every_byte_once() -> None:

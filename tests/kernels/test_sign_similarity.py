@@ -248,3 +248,11 @@ def test_wrong_arguments_are_refused() -> None:
 def test_cost_counts_every_tensor_once() -> None:
     assert module.cost(10, 768) == (3 * 100 * 24 + 6 * 7680, 4 * 7680 + 2 * 960 + 400)
     assert module.cost(10, 768, 2, backward=True) == (4 * 100 * 768, 400 + 2 * 960 + 2 * 7680)
+
+
+def test_few_tiles_are_halved() -> None:
+    small, large = module.FORWARD_CONFIGS[1], module.FORWARD_CONFIG
+    assert small[0] * small[1] * 2 == large[0] * large[1]
+    # 512 descriptors are 128 tiles, 2048 are 2048.
+    assert [module.default_forward_config(b, 132) for b in (1, 512, 2048)] == [small, small, large]
+    assert module.default_forward_config(512, 16) == large

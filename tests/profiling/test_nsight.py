@@ -34,11 +34,19 @@ def test_nsys_records_all_or_a_part() -> None:
         "out.nsys-rep",
     ]
     assert whole.environment == {"TETRA_NVTX": "1"}
-    part = nsight.nsys(COMMAND, OUT, Window("describe", 10, 5), whole_graphs=True)
-    assert {"--capture-range=cudaProfilerApi", "--cuda-graph-trace=graph"} <= set(part.commands[0])
+    assert "--trace=cuda,nvtx" in profile
+    part = nsight.nsys(COMMAND, OUT, Window("describe", 10, 5), whole_graphs=True, trace="nvtx,osrt")
+    options = {"--capture-range=cudaProfilerApi", "--cuda-graph-trace=graph", "--trace=nvtx,osrt"}
+    assert options <= set(part.commands[0])
     assert part.environment == {"TETRA_NVTX": "1", "TETRA_NVTX_CAPTURE": "describe:10:5"}
     assert part.text().startswith("TETRA_NVTX=1 TETRA_NVTX_CAPTURE=describe:10:5 nsys profile ")
     assert part.text().splitlines()[0].endswith("tetra match 'a b'")
+
+
+@pytest.mark.parametrize("trace", ["", "cuda nvtx", "cuda,", "--stats=true", "cuda,nvtx\n"])
+def test_traces_that_cannot_be(trace: str) -> None:
+    with pytest.raises(ValueError, match="trace: is"):
+        nsight.nsys(COMMAND, OUT, Window(), trace=trace)
 
 
 def option(command: list[str], name: str) -> str:

@@ -43,6 +43,38 @@ def test_kernels_belong_to_the_ranges_around_their_launch(tmp_path: Path) -> Non
     assert sum(row.time_ns for row in kernels.values()) == profile.total_ns == 1050
 
 
+REAL = Path(__file__).parent / "data" / "nsys_h200.sqlite"
+"""By Nsight Systems 2023.4.4 on an H200, exported there: two images described in nano, one search between them. Only
+the tables that matter here."""
+
+
+def test_an_export_of_the_real_tool() -> None:
+    profile = read(REAL)
+    assert (profile.device, profile.notices) == ("NVIDIA H200", [])
+    with closing(sqlite3.connect(REAL)) as connection:
+        connection.execute(
+            """CREATE TEMP VIEW on_gpu AS SELECT start, end, correlationId FROM CUPTI_ACTIVITY_KIND_KERNEL
+            UNION ALL SELECT start, end, correlationId FROM CUPTI_ACTIVITY_KIND_MEMCPY"""
+        )
+        whole = connection.execute("SELECT count(*), sum(end - start) FROM on_gpu").fetchone()
+        assert whole == (len(profile.activities), profile.total_ns)
+        # What was launched while a range of a name was open, by the thread that had opened it.
+        inside = """SELECT count(*), sum(g.end - g.start) FROM on_gpu g
+            JOIN CUPTI_ACTIVITY_KIND_RUNTIME r USING (correlationId)
+            JOIN NVTX_EVENTS n ON r.start BETWEEN n.start AND n.end AND r.globalTid = n.globalTid
+            JOIN StringIds s ON s.id = n.textId WHERE s.value = ?"""
+        found = {row.name: row for row in table(profile, "range")}
+        for name in ("blocks.0", "mlp.up", "attention", "search"):
+            assert (found[name].count, found[name].time_ns) == connection.execute(inside, (name,)).fetchone(), name
+    assert (found["describe"].calls, found["search"].calls, found["mlp.up"].calls) == (2, 1, 12)
+    assert found["describe"].input_bytes == 2 * 3 * 224 * 224
+    assert found["describe"].time_ns > found["backbone"].time_ns > found["blocks"].time_ns > found["attention"].time_ns
+    kernels = {row.name: row.count for row in table(profile)}
+    layers = {"_ternary_matmul_kernel": 4, "_row_quantize_kernel": 4, "_attention_kernel": 1, "_layer_norm_kernel": 1}
+    assert {name: kernels[name] for name in layers} == {name: 2 * 6 * n for name, n in layers.items()}
+    assert kernels["_hamming_topk_kernel"] == 1
+
+
 def test_threads_and_processes_are_kept_apart(tmp_path: Path) -> None:
     export = Export(tmp_path / "a.sqlite")
     export.range("mine", 0, 100, (7, 7))
