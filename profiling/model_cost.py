@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tetra.autotune.hardware import Product
+from tetra.autotune.table import lookup
 from tetra.autotune.workloads import Shape
-from tetra.kernels import ternary_matmul
-from tetra.kernels.ahead_of_time import all_specimens, check_compiler, compile_for
+from tetra.kernels.ahead_of_time import check_compiler, compile_for
 from tetra.kernels.attention import cost as attention_cost
 from tetra.kernels.attention_distillation import cost as attention_distillation_cost
 from tetra.kernels.attention_training import cost as attention_training_cost
@@ -26,7 +26,9 @@ from tetra.kernels.patches import cost as patches_cost
 from tetra.kernels.residual_dropout import cost as residual_dropout_cost
 from tetra.kernels.row_quantize import cost as row_quantize_cost
 from tetra.kernels.specimen import Specimen
+from tetra.kernels.ternary_matmul import cost as ternary_matmul_cost
 from tetra.kernels.token_loss import cost as token_loss_cost
+from tetra.kernels.tunable import Config, Sizes, Work, all_tunables
 from tetra.profiling.roofline import FORMULA, LAUNCH_OVERHEAD_S, Launch, Prediction, predict_launch
 from tetra.profiling.sass import Report, report
 
@@ -41,65 +43,38 @@ class Step:
     """One launch of the model.
 
     Attributes:
-        launch: what it does; blocks and their multiply-adds are filled in where tiles decide them.
-        specimen: the code that runs it on a GPU, as the launcher chooses it; None for library products.
-        tiled: (blocks, iterations of a block, multiply-adds of an iteration) by a specimen's configuration, where
-            tiles decide them.
+        launch: what it does; the blocks of this project's kernels, and what they do, depend on the configuration.
+        sizes: the problem as tuners know it (see ``tetra.kernels.tunable``); None for library products.
     """
 
     launch: Launch
-    specimen: Callable[[Product], Specimen] | None = None
-    tiled: Callable[[dict[str, Any]], tuple[int, int, int]] | None = None
+    sizes: Sizes | None = None
 
 
 def _blocks(n: int, tile: int) -> int:
     return -(-n // tile)
 
 
-def _shipped(kernel: str, **config: Any) -> Callable[[Product], Specimen]:
-    """The first of a kernel's specimens whose configuration has these values."""
-
-    def find(product: Product) -> Specimen:
-        for specimen in all_specimens(product.arch, kernel):
-            if config.items() <= specimen.config.items():
-                return specimen
-        raise LookupError(f"{kernel}: no specimen for sm_{product.arch} has {config}")
-
-    return find
-
-
 def _product(
     name: str, m: int, n: int, k: int, *, gelu: bool = False, residual: bool = False, scaled: bool = False
 ) -> Step:
-    operations, n_bytes = ternary_matmul.cost(m, n, k, BYTES, residual=residual)
-
-    def choose(product: Product) -> Specimen:
-        config = ternary_matmul.default_config(product.arch, product.n_sms, m, n, k, 1)
-        return ternary_matmul.specimen(config, bias=not scaled, gelu=gelu, residual=residual, scaled=scaled)
-
-    def tiled(config: dict[str, Any]) -> tuple[int, int, int]:
-        tile_m, tile_n, split = config["BLOCK_M"], config["BLOCK_N"], config["SPLIT_K"]
-        step = ternary_matmul.GROUP * config["GROUPS"]
-        return _blocks(m, tile_m) * _blocks(n, tile_n) * split, _blocks(k, step * split), tile_m * tile_n * step
-
-    return Step(Launch(name, "ternary_matmul", operations, "int8", n_bytes, 0), choose, tiled)
+    operations, n_bytes = ternary_matmul_cost(m, n, k, BYTES, residual=residual)
+    epilogue = {"bias": not scaled, "gelu": gelu, "residual": residual, "scaled": scaled}
+    sizes = {"m": m, "n": n, "k": k, "x": "int8", "out": "float16", **epilogue}
+    return Step(Launch(name, "ternary_matmul", operations, "int8", n_bytes, 0), sizes)
 
 
 def _norm(name: str, m: int, k: int) -> Step:
     operations, n_bytes = row_quantize_cost(m, k, BYTES, norm=True)
-    launch = Launch(name, "row_quantize", operations, "fp32", n_bytes, blocks=m)
-    return Step(launch, _shipped("row_quantize", K=k, dtype="fp16", norm=True, gelu=False, residual=False))
+    sizes = {"m": m, "k": k, "dtype": "float16", "norm": True, "gelu": False, "residual": False}
+    return Step(Launch(name, "row_quantize", operations, "fp32", n_bytes, 0), sizes)
 
 
 def _attention(batch: int, tokens: int, n_heads: int, head_dim: int, prescaled: bool = True) -> Step:
     operations, n_bytes = attention_cost(batch, tokens, n_heads, head_dim, BYTES)
-
-    def tiled(config: dict[str, Any]) -> tuple[int, int, int]:
-        tile, step = config["BLOCK_M"], config["BLOCK_N"]  # keys that do not fill a step come after the loop
-        return batch * n_heads * _blocks(tokens, tile), tokens // step, 2 * tile * step * head_dim
-
-    launch = Launch("attention", "attention", operations, "fp16", n_bytes, 0)
-    return Step(launch, _shipped("attention", head_dim=head_dim, dtype="fp16", prescaled=prescaled), tiled)
+    heads = {"b": batch, "t": tokens, "n_heads": n_heads, "head_dim": head_dim}
+    sizes = {**heads, "dtype": "float16", "prescaled": prescaled}
+    return Step(Launch("attention", "attention", operations, "fp16", n_bytes, 0), sizes)
 
 
 def block_steps(shape: Shape, batch: int = 1, tokens: int | None = None) -> list[Step]:
@@ -208,8 +183,8 @@ def _elementwise(name: str, n_values: int, n_tensors: int) -> Step:
 
 def _plain_norm(name: str, m: int, k: int, residual: bool = False) -> Step:
     operations, n_bytes = layer_norm_cost(m, k, BYTES, residual=residual)
-    launch = Launch(name, "layer_norm", operations, "fp32", n_bytes, blocks=m)
-    return Step(launch, _shipped("layer_norm", K=k, dtype="fp16", residual=residual))
+    sizes = {"m": m, "k": k, "dtype": "float16", "residual": residual}
+    return Step(Launch(name, "layer_norm", operations, "fp32", n_bytes, 0), sizes)
 
 
 def model_steps(shape: Shape, batch: int = 1) -> list[Step]:
@@ -222,10 +197,10 @@ def model_steps(shape: Shape, batch: int = 1) -> list[Step]:
     height, width_px = shape.image_size
     operations, n_bytes = patches_cost(batch, height, width_px, 1, BYTES)
     n_patches = batch * (tokens - 1)
+    image = {"b": batch, "height": height, "width": width_px, "patch_size": shape.patch_size}
     stem = [
         Step(
-            Launch("patches", "patches", operations, "fp32", n_bytes, n_patches),
-            _shipped("patches", patch_size=shape.patch_size, images="u8", out="fp16"),
+            Launch("patches", "patches", operations, "fp32", n_bytes, 0), {**image, "images": "uint8", "out": "float16"}
         ),
         _library("patch product", n_patches, width, patch_values),
         _plain_norm("stem norm", n_patches, width),
@@ -259,20 +234,28 @@ def _report_of(specimen: Specimen, arch: int) -> Report:
     return _reports[key]
 
 
-def compiled_launch(step: Step, product: Product) -> tuple[Report | None, Launch]:
-    """The compiled code that runs ``step`` on ``product`` (None for the library's), and the launch with its blocks.
+def chosen_works(product: Product, kernel: str, sizes: Sizes) -> tuple[Config, list[Work]]:
+    """The configuration that runs a problem on ``product`` (see ``tetra.autotune.table``), and its launches.
 
     Raises:
-        LookupError: no shipped configuration fits.
+        LookupError: no such kernel, or its launches are not known.
     """
-    if step.specimen is None:
+    tunable = all_tunables().get(kernel)
+    if tunable is None or tunable.works is None:
+        raise LookupError(f"{kernel} is not known to the tuner")
+    default = tunable.default(product.arch, product.n_sms, sizes)
+    rows = tuple(dict.fromkeys((default, *tunable.space(product.arch, sizes))))
+    config = lookup(kernel, product.arch, tunable.key(sizes), rows)
+    return config, tunable.works(product.arch, product.n_sms, sizes, config)
+
+
+def compiled_launch(step: Step, product: Product) -> tuple[Report | None, Launch]:
+    """The compiled code that runs ``step`` on ``product`` (None for the library's), and the launch with its blocks."""
+    if step.sizes is None:
         return None, step.launch
-    specimen = step.specimen(product)
-    found = _report_of(specimen, product.arch)
-    if step.tiled is None:
-        return found, step.launch
-    blocks, iterations, macs = step.tiled(specimen.config)
-    return found, replace(step.launch, blocks=blocks, iterations=iterations, macs=macs)
+    _, (work,) = chosen_works(product, step.launch.kernel, step.sizes)
+    found = _report_of(work.specimen, product.arch)
+    return found, replace(step.launch, blocks=work.blocks, iterations=work.iterations, macs=work.macs)
 
 
 def _describe(prediction: Prediction, found: Report | None, product: Product) -> dict[str, Any]:
@@ -350,11 +333,11 @@ def predict_model(product: Product, shape: Shape, batch: int = 1) -> dict[str, A
 _PAGE = """# Predicted latency of {model} on GPUs
 
 These figures are **predicted, never measured**: no GPU was used. `tetra kernels predict --markdown FILE` wrote this
-page from the compiled kernels' instructions and the makers' data sheets. What is predicted is the backbone alone, from
-uint8 pixels to tokens, with float16 activations and packed ternary weights, as one CUDA graph. The model knows no
-latency within a kernel. That is optimistic, above all at batch 1 on large GPUs, where a launch is less than one wave
-and an SM has few warps to switch between. It lets no tensor stay in the cache from one launch to the next, which is
-pessimistic at small batches. `tetra bench model` measures.
+page from the compiled kernels' instructions, in the configurations that `tetra tune show` names, and the makers' data
+sheets. What is predicted is the backbone alone, from uint8 pixels to tokens, with float16 activations and packed
+ternary weights, as one CUDA graph. The model knows no latency within a kernel. That is optimistic, above all at batch
+1 on large GPUs, where a launch is less than one wave and an SM has few warps to switch between. It lets no tensor stay
+in the cache from one launch to the next, which is pessimistic at small batches. `tetra bench model` measures.
 
 | GPU | batch | predicted ms | bound ms | share of bound | launches | predicted ms by what limits the launch |
 |---|---:|---:|---:|---:|---:|---|

@@ -326,8 +326,7 @@ def _domain_of_old_tools() -> Any:
     Systems 2023.4, which distributions ship, and nvtx from 0.2.12 on) the answer is no, and the package gives dummies.
     """
     try:
-        from nvtx._lib import lib  # private, but the same in all those versions
-
+        lib = importlib.import_module("nvtx._lib.lib")  # private, but the same in all those versions
         domain = object.__new__(lib.Domain)
         domain.handle = lib.DomainHandle(DOMAIN)
         domain.__init__(DOMAIN)

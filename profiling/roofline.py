@@ -146,6 +146,7 @@ class Launch:
         blocks: thread blocks.
         iterations: of a block's main loop, as it is written; 1 for kernels whose code runs once.
         macs: multiply-adds of one iteration, with padding; 0 where there are none.
+        popcounts: of words, in one iteration, with padding; 0 where there are none.
     """
 
     name: str
@@ -156,6 +157,7 @@ class Launch:
     blocks: int
     iterations: int = 1
     macs: int = 0
+    popcounts: int = 0
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,8 @@ def predict_launch(launch: Launch, product: Product, report: Report | None = Non
         clocks = {"tensor": macs / product.macs_per_clock(launch.dtype)} if macs else {}
     else:
         in_loop, outside = (Counter(i.name for i in part) for part in (report.loop, report.outside))
-        code = code_clocks(in_loop, outside, report.num_warps, product, launch.dtype, launch.macs)
+        counts = launch.macs, launch.popcounts
+        code = code_clocks(in_loop, outside, report.num_warps, product, launch.dtype, *counts)
         iterations = launch.iterations / code.unrolled
         clocks = {unit: iterations * code.loop[unit] + code.once[unit] for unit in UNITS}
     for unit, n in clocks.items():

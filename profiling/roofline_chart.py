@@ -25,7 +25,6 @@ from typing import IO, Any
 import torch
 
 from tetra.autotune.hardware import Product
-from tetra.autotune.table import lookup
 from tetra.autotune.workloads import Problem
 from tetra.autotune.workloads import problems as all_problems
 from tetra.kernels.ahead_of_time import compile_for
@@ -42,7 +41,7 @@ from tetra.kernels.row_quantize import cost as row_quantize_cost
 from tetra.kernels.ternary_matmul import cost as ternary_cost
 from tetra.kernels.token_loss import cost as token_loss_cost
 from tetra.kernels.tunable import all_tunables
-from tetra.profiling.model_cost import Shape, model_steps
+from tetra.profiling.model_cost import Shape, chosen_works, model_steps
 from tetra.profiling.page import page
 from tetra.profiling.roofline import FORMULA, Launch, predict_launch
 from tetra.profiling.sass import Report, report
@@ -247,22 +246,20 @@ def predicted_points(
         name = _name_of(problem)
         if progress is not None:
             progress(done, len(problems), name)
-        tunable = all_tunables().get(kernel)
-        if tunable is None or tunable.works is None:
-            notes.append(f"{kernel} is not known to the tuner and was left out")
+        try:
+            config, works = chosen_works(product, kernel, sizes)
+        except LookupError as error:
+            notes.append(f"{error.args[0]} and was left out")
             continue
-        default = tunable.default(product.arch, product.n_sms, sizes)
-        rows = tuple(dict.fromkeys((default, *tunable.space(product.arch, sizes))))
-        config = lookup(kernel, product.arch, tunable.key(sizes), rows)
         seconds, limits = 0.0, []
-        works = tunable.works(product.arch, product.n_sms, sizes, config)
         for work in works:
             code = work.specimen
             key = json.dumps([code.name, code.config, code.options], sort_keys=True, default=str)
             if key not in reports:
                 reports[key] = report(compile_for(code, product.arch))
             launch = Launch(
-                name, kernel, work.operations, work.dtype, work.n_bytes, work.blocks, work.iterations, work.macs
+                *(name, kernel, work.operations, work.dtype, work.n_bytes),
+                *(work.blocks, work.iterations, work.macs, work.popcounts),
             )
             prediction = predict_launch(launch, product, reports[key])
             seconds += prediction.seconds
@@ -273,14 +270,24 @@ def predicted_points(
             continue
         shape = f"{_text(sizes)} config={','.join(map(str, config))}"
         points.append(
-            Point(tunable.module, name, shape, operations, n_bytes, dtype, seconds, LABEL_PREDICTED, max(limits)[1])
+            Point(
+                all_tunables()[kernel].module,
+                name,
+                shape,
+                operations,
+                n_bytes,
+                dtype,
+                seconds,
+                LABEL_PREDICTED,
+                max(limits)[1],
+            )
         )
     return points, notes
 
 
 def library_points(product: Product, shape: Shape, batch: int) -> list[Point]:
     """Launches of torch's own library in a backbone, taken at the peak on whole tiles; no code was read."""
-    launches = dict.fromkeys(step.launch for step in model_steps(shape, batch) if step.specimen is None)
+    launches = dict.fromkeys(step.launch for step in model_steps(shape, batch) if step.sizes is None)
     found = []
     for launch in launches:
         prediction = predict_launch(launch, product)

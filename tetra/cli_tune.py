@@ -464,4 +464,4 @@ def tune_verify(
     if report.unfinished:
         notices.append(f"the budget of {budget:g} s did not suffice for {len(report.unfinished)} problems")
     print_report([], notices, [], None)
-    print(f"{len(report.verdicts)} verified, largest regret {report.worst:.3f}")
+    print(f"{len(report.verdicts)} verified" + (f", largest regret {report.worst:.3f}" if report.verdicts else ""))

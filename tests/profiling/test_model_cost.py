@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+from tetra.autotune import table
 from tetra.autotune.hardware import PRODUCTS, Product
 from tetra.config import BACKBONES
+from tetra.kernels.tunable import all_tunables
 from tetra.profiling.model_cost import (
     PREDICTED_GPUS,
     block_cost,
     block_steps,
+    chosen_works,
+    compiled_launch,
     distillation_cost,
     model_steps,
     n_tokens,
@@ -119,6 +125,31 @@ def test_predictions_are_labelled_and_respect_the_bounds() -> None:
 def test_predictions_never_fall_with_the_batch(product: Product) -> None:
     times = [predict_model(product, VIT_B, batch)["predicted_ms"] for batch in (1, 2, 8, 64)]
     assert times == sorted(times)
+
+
+def test_what_is_predicted_is_what_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tuned configuration, and without tuning the kernel's own."""
+    product = PRODUCTS["A100 SXM 80GB"]
+    sizes = {"m": 530, "n": 2304, "k": 768, "x": "int8", "out": "float16"}
+    sizes |= {"bias": False, "gelu": False, "residual": False, "scaled": True}
+    tunable = all_tunables()["ternary_matmul"]
+    shipped = json.loads((Path(table.__file__).parent / "sm_80.json").read_text())["results"]["ternary_matmul"]
+    config, (work,) = chosen_works(product, "ternary_matmul", sizes)
+    assert list(config) == shipped[tunable.key(sizes)]["config"]
+    (step,) = (step for step in block_steps(VIT_B) if step.launch.name == "QKV product")
+    assert step.sizes == sizes
+    _, launch = compiled_launch(step, product)
+    assert (launch.blocks, launch.macs) == (work.blocks, work.macs)
+    monkeypatch.setenv("TETRA_TUNING", "off")
+    table.reset()
+    try:
+        default, _ = chosen_works(product, "ternary_matmul", sizes)
+        assert default == tunable.default(80, product.n_sms, sizes) != config
+    finally:
+        monkeypatch.undo()
+        table.reset()
+    with pytest.raises(LookupError, match="nothing is not known"):
+        chosen_works(product, "nothing", sizes)
 
 
 def test_a_batch_has_to_be_positive() -> None:

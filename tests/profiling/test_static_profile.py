@@ -193,7 +193,7 @@ def test_a_tree_that_cannot_be_imported(tetra: Runner, repository: Path) -> None
 def test_a_tree_is_read_alone(tetra: Runner, repository: Path, tmp_path: Path) -> None:
     """What it does not have is not taken from where TeTRA is installed."""
     (repository / "autotune" / "workloads.py").unlink()  # without it a tree only lists what its kernels' files list
-    result = check(tetra, repository, "--kernel", "bits", "--json", tmp_path / "found.json")
+    result = check(tetra, repository, "--kernel", "residual_dropout", "--json", tmp_path / "found.json")
     assert result.status == 0, result.err
     assert [row["what"] for row in read_json(tmp_path / "found.json")["findings"]], (
         "no configuration went with the file"
