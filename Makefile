@@ -5,6 +5,9 @@ OUT ?= demo-report
 NANO_OUT ?= runs/nano
 ADDS ?= 1000000
 BASE ?= HEAD
+# Processes for the tests; those of one file stay together, since they share what its fixtures made.
+JOBS ?= auto
+PARALLEL := -n $(JOBS) --maxprocesses 4 --dist loadfile
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -32,9 +35,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 	@echo "== $(VENV) is ready"
 
-test: lint  ## lint, type-check and run all quick tests
+test: lint  ## lint, type-check and run all quick tests (JOBS=n processes)
 	@echo "== tests"
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 # mypy does not follow the mapping of an editable install, so it gets the packages laid out as a wheel has them.
 lint: venv  ## style (ruff) and types (mypy)
@@ -47,7 +50,7 @@ lint: venv  ## style (ruff) and types (mypy)
 	    --cache-dir $(CURDIR)/.mypy_cache -p tetra
 
 slow: venv  ## run the tests that take long
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 perf-check: venv  ## what this tree does to the compiled kernels, compared with the commit BASE; needs no GPU
 	@$(BIN)/tetra kernels check --base $(BASE)

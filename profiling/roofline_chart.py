@@ -40,7 +40,7 @@ from tetra.kernels.residual_dropout import cost as residual_dropout_cost
 from tetra.kernels.row_quantize import cost as row_quantize_cost
 from tetra.kernels.ternary_matmul import cost as ternary_cost
 from tetra.kernels.token_loss import cost as token_loss_cost
-from tetra.kernels.tunable import all_tunables
+from tetra.kernels.tunable import Work, all_tunables
 from tetra.profiling.model_cost import Shape, chosen_works, model_steps
 from tetra.profiling.page import page
 from tetra.profiling.roofline import FORMULA, Launch, predict_launch
@@ -229,6 +229,11 @@ def _name_of(problem: Problem) -> str:
     return f"{problem.tunable}, {part}" if part else problem.tunable
 
 
+def _operations_of(kernel: str, work: Work) -> str:
+    """What a launch computes with: where there are no products, floats or integers."""
+    return "int32" if kernel in ("hamming_popcount", "bits", "sign_similarity") else work.dtype
+
+
 def predicted_points(
     product: Product, problems: Sequence[Problem], progress: Progress | None = None
 ) -> tuple[list[Point], list[str]]:
@@ -265,7 +270,7 @@ def predicted_points(
             seconds += prediction.seconds
             limits.append((prediction.seconds, prediction.limit))
         operations, n_bytes = sum(w.operations for w in works), sum(w.n_bytes for w in works)
-        dtype = "int32" if kernel in ("hamming_popcount", "bits", "sign_similarity") else works[0].dtype
+        dtype = _operations_of(kernel, works[0])
         if not operations or not n_bytes:
             continue
         shape = f"{_text(sizes)} config={','.join(map(str, config))}"
@@ -496,7 +501,8 @@ def _points_of_tuning(
             seconds = _number(entry, f"{path}: {kernel} {key}", "measured_us") / 1e6
             costs = sum(w.operations for w in works), sum(w.n_bytes for w in works)
             text = f"{_text(known.sizes)} config={','.join(map(str, entry['config']))}"
-            points.append(Point(tunable.module, _name_of(known), text, *costs, works[0].dtype, seconds, LABEL_MEASURED))
+            dtype = _operations_of(kernel, works[0])
+            points.append(Point(tunable.module, _name_of(known), text, *costs, dtype, seconds, LABEL_MEASURED))
     if unknown:
         notes.append(f"{path.name}: {unknown} results are of shapes that this chart does not have, and were left out")
     return points

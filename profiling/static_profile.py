@@ -350,7 +350,12 @@ def repository_root(path: Path) -> Path:
     """The checkout that ``path`` lies in. StaticProfileError if it is in none, or in one of another project."""
     if not path.is_dir():
         raise StaticProfileError(f"{path}: no such folder; name a checkout of the sources")
-    root = Path(_git(path, "rev-parse", "--show-toplevel").decode().strip())
+    try:
+        root = Path(_git(path, "rev-parse", "--show-toplevel").decode().strip())
+    except StaticProfileError as error:
+        raise StaticProfileError(
+            f"{path}: is in no git checkout ({error}); name one with --repo, or use --baseline FILE"
+        ) from None
     if not (root / "kernels").is_dir() or not (root / "tetra").is_dir():
         raise StaticProfileError(
             f"{root}: is no checkout of the sources (no kernels/ and tetra/); name one with --repo"

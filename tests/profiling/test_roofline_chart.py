@@ -179,6 +179,10 @@ def test_results_of_the_measured_tuner(tmp_path: Path) -> None:
     assert (point.kernel, point.seconds, point.label) == ("attention", 2e-5, "measured")
     assert point.operations == 12 * 530 * 530 * (4 * 64 + 4)
     assert "1 results" in notes[0]
+    search = next(p for p in known if p.tunable == "hamming_popcount")
+    results["results"] = {search.tunable: {search.key: {"config": [1, 512, 4, 5], "measured_us": 200.0}}}
+    (point,) = chart.read_measured(write(tmp_path / "f.json", results), "H100 SXM", known)
+    assert (point.dtype, point.operations) == ("int32", 3 * 200_000 * 1536 // 4)
 
 
 def test_predicted_points_lie_below_their_roofs() -> None:

@@ -262,7 +262,7 @@ def test_a_baseline_file_stands_for_history(tetra: Runner, repository: Path, tmp
         (["--base", "HEAD", "--slack", "nan"], ["slack", "nan"]),
         (["--base", "HEAD", "--config", "BLOCK_M"], ["NAME=VALUE"]),
         (["--base", "HEAD", "--kernel", "nonsense"], ["nonsense"]),
-        (["--base", "HEAD", "--repo", "/"], ["git"]),
+        (["--base", "HEAD", "--repo", "/"], ["/: is in no git checkout", "--repo", "--baseline"]),
         (["--base", "HEAD", "--repo", "/nowhere"], ["/nowhere"]),
     ],
 )
