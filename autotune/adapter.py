@@ -149,8 +149,8 @@ class CachedKernel:
         tensors = [value for value in named.values() if isinstance(value, Tensor)]
         device = tensors[0].device if tensors else None
         keys = [named.get(name) for name in self.keys]
-        problem = (  # of a tensor only the dtype counts, and its memory must not be kept
-            *(device, *(key.dtype if isinstance(key, Tensor) else key for key in keys)),
+        problem = (  # of a tensor only the dtype counts, and its memory must not be kept; True is not 1
+            *(device, *(key.dtype if isinstance(key, Tensor) else (type(key), key) for key in keys)),
             *(tensor.dtype for tensor in tensors),
         )
         try:

@@ -50,6 +50,7 @@ TIE = 0.02  # of the default's time
 ROUNDS = 3  # before the slower half goes
 FINALISTS = 4  # are never halved away
 FINAL_ROUNDS = 30
+MOST_METHODS = 4  # of timing, before a candidate counts as one that can not be timed
 VERIFY_ROUNDS = 15  # of the whole space
 DUEL_ROUNDS = 41  # of the chosen configuration against the best other one
 
@@ -137,7 +138,7 @@ class Times:
     def __init__(self, bench: Callable[..., Any], kernel: str, sizes: Sizes, deadline: float) -> None:
         self._bench, self._kernel, self._sizes, self._deadline = bench, kernel, sizes, deadline
         self._rounds: list[dict[Config, float]] = []
-        self.method = ""
+        self.method, self._n_methods = "", 0
         self.failures: dict[Config, str] = {}
 
     def take(self, configs: Sequence[Config]) -> None:
@@ -157,6 +158,10 @@ class Times:
             if method != self.method:  # what was timed otherwise can't be compared
                 self._rounds.clear()
                 first, self.method = not self.method, method
+                self._n_methods += 1
+                if self._n_methods > MOST_METHODS:
+                    self.failures[config] = "can't be compared: it is timed in another way each time"
+                    continue
                 if not first:
                     return self.take(configs)
             found[config] = statistics.median(seconds)
@@ -319,7 +324,7 @@ def measure(
     budget_s: float,
     timer: Timer | None = None,
     ranking: Callable[[Tunable, str], Sequence[Config]] | None = None,
-    top_n: int = 12,
+    top_n: int = 8,
     store: Store | None = None,
     progress: Progress | None = None,
     again: bool = False,
@@ -581,9 +586,9 @@ def predicted(tunable: Tunable, key: str, device: torch.device) -> list[Config]:
     """Configurations of a problem by what files predict for a GPU, the best first; empty where they don't."""
     for source in table.sources(arch_of(device), device):
         entry = source.results.results.get(tunable.name, {}).get(key, {})
-        if "top" in entry and table.is_current(source, tunable.name):
+        if "ranked" in entry and table.is_current(source, tunable.name):
             try:
-                return [tuple(int(number) for number in str(row).split("x")) for row in entry["top"]]
-            except (TypeError, ValueError):
+                return [tuple(int(number) for number in row.split("x")) for row in entry["ranked"].split()]
+            except (AttributeError, ValueError):
                 notice(f"{source.path}: the predicted order of {tunable.name} {key} is ignored: it can't be read")
     return []

@@ -122,6 +122,8 @@ class StaticResult:
                 if default is not None and default is not chosen:
                     entry["default_predicted_us"] = _rounded(1e6 * default.seconds)
                 entry |= {"limit": chosen.limit, "candidates": len(ranked)}
+                # For the measured tuner, which tries the first; in one string, or a file would be all brackets.
+                entry["ranked"] = " ".join("x".join(map(str, row)) for row in self.top(name, key, len(ranked)))
                 refused = self.rejected[name][key]
                 if refused:
                     entry["rejected"] = [f"{'x'.join(map(str, one.config))}: {one.reason}" for one in refused]
@@ -466,7 +468,7 @@ def explain(result: StaticResult, tunable: str, key: str, n: int = 5) -> list[di
 
     Returns:
         Mappings with ``config`` (by field), ``predicted_us``, ``share_of_best``, ``chosen``, ``limit``, ``terms_us``,
-        and of the longest launch ``registers, shared_bytes, num_warps, blocks, blocks_per_sm, waves``.
+        and of the first launch ``registers, shared_bytes, num_warps, blocks, blocks_per_sm, waves``.
 
     Raises:
         ValueError: the result does not hold this kernel or this key.

@@ -27,6 +27,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import threading
 import time
 import warnings
@@ -255,6 +256,8 @@ def cache_folder() -> Path:
 def read_results(path: str | Path) -> Results:
     """Contents of a file. Raises TuningFileError for whatever can't be read or used."""
     try:
+        if str(path) != "/dev/stdin" and stat.S_ISFIFO(os.stat(path).st_mode):
+            raise TuningFileError(f"{path}: is a pipe; name a file that `tetra tune` wrote, or /dev/stdin")
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:

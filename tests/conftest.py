@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # The models here are tiny: a second thread only waits for the first, in this process and in those it starts.
@@ -17,6 +18,7 @@ from commands import Runner
 
 from tetra.config import BackboneConfig, HeadConfig, ModelConfig
 from tetra.files import save
+from tetra.kernels import native
 from tetra.kernels.backend import backend_for
 from tetra.model import TetraModel
 
@@ -38,8 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _as_found() -> Iterator[None]:
+    """No test finds what another set for the whole process: random numbers, threads, kernels measured to be slower."""
     torch.manual_seed(0)
+    n_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n_threads)
+    native._slower.clear()
 
 
 @pytest.fixture(scope="session")

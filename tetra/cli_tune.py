@@ -169,7 +169,7 @@ def tune_measure(
     kernel: Kernel = None,
     budget: Budget = 600.0,
     arch: Model = None,
-    top: Annotated[int, typer.Option("--top", min=1, help="Candidates of each problem, the best predicted.")] = 12,
+    top: Annotated[int, typer.Option("--top", min=1, help="Candidates of each problem, the best predicted.")] = 8,
     again: Annotated[bool, typer.Option("--again", help="Also what has a result already.")] = False,
     jobs: Checkers = None,
     json: Json = None,

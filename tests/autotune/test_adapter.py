@@ -144,6 +144,19 @@ def test_problems_are_told_apart_by_bucket_and_dtype(make: Callable[..., CachedK
     assert chosen(exact, 101) is CONFIGS[0]
 
 
+def test_keys_that_are_equal_and_not_the_same(make: Callable[..., CachedKernel]) -> None:
+    """In this process as in the next one, which reads names of keys from a file."""
+    kernel = make(_scaled, key=("factor",))
+    x, out = torch.empty(100), torch.empty(100)
+    kernel.tune(x, out, 100, 1, grid=lambda meta: (triton.cdiv(100, meta["BLOCK"]),), timer=ByBlock(64))
+    for one in (kernel, make(_scaled, key=("factor",))):
+        assert [one.config_for(x, out, 100, factor) for factor in (1, True, 1.0)] == [
+            CONFIGS[2],
+            CONFIGS[0],
+            CONFIGS[0],
+        ]
+
+
 def test_a_changed_source_or_table_is_a_miss(make: Callable[..., CachedKernel]) -> None:
     kernel = make(_scaled, name="mine")
     tune(kernel, timer=ByBlock(64))

@@ -236,6 +236,16 @@ def test_each_result_is_written_at_once(store: Store) -> None:
     assert read_results(store.path_of(HERE)).results["sound"]["n0"]["config"] == list(CONFIGS[23])
 
 
+def test_a_timer_that_changes_its_method_each_time_is_of_no_use(store: Store) -> None:
+    class Restless(Scripted):
+        def __call__(self, run: Callable[[], object]) -> list[float]:
+            self.method = f"method {len(self.calls)}"
+            return super().__call__(run)
+
+    report = run(store, Restless(later_is_faster), [sound()])
+    assert report.failed == [("sound", "n1", "no candidate works when it is timed")]
+
+
 def test_a_method_that_changes_starts_the_times_anew(store: Store) -> None:
     class Falls(Scripted):
         """Candidate 20 can't be timed as the others are, so that all are timed otherwise from then on."""
@@ -367,8 +377,8 @@ def test_a_candidate_without_a_time_is_left_out(store: Store, time_: float) -> N
 
 
 def test_a_predicted_order_that_cannot_be_read_is_none(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    for top in (5, None, [None], ["64xtwo"], [{}]):
-        results = Results("static", {}, {}, {}, {"sound": {"n1": {"config": [1], "top": top}}})
+    for ranked in (5, None, [None], "64xtwo", ["64x2"], {}):
+        results = Results("static", {}, {}, {}, {"sound": {"n1": {"config": [1], "ranked": ranked}}})
         source = table.Source("user static", store.folder / "static-sm_80.json", results)
         monkeypatch.setattr(table, "sources", lambda arch, device, source=source: (source,))
         monkeypatch.setattr(table, "is_current", lambda source, kernel: True)

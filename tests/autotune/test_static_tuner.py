@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from tetra.autotune import static_tuner
+from tetra.autotune import measured_tuner, static_tuner, table
 from tetra.autotune.hardware import CHIPS, PRODUCTS, product_of
 from tetra.autotune.source import kernel_hash, toolchain
 from tetra.autotune.static_model import MEMORY_LATENCY, OVERLAP_LOST, TERMS, Code, predict, refusal
 from tetra.autotune.static_tuner import LEAST_GAIN_S, MARGIN, StaticResult, compile_one, explain, save, tune_static
+from tetra.autotune.store import read_results
 from tetra.autotune.workloads import Problem, problems
 from tetra.config import BACKBONES
 from tetra.kernels import bits
@@ -148,6 +150,20 @@ def test_the_document(result: StaticResult, tmp_path: Path) -> None:
     entry = found["results"]["bits"][BITS.key]
     assert tuple(entry["config"]) in all_tunables()["bits"].space(80, {})
     assert entry["predicted_us"] > 1
+
+
+def test_what_is_ranked_is_what_the_measured_tuner_tries_first(
+    result: StaticResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(result, tmp_path / "sm_80.json")
+    source = table.Source("shipped static", tmp_path / "sm_80.json", read_results(tmp_path / "sm_80.json"))
+    monkeypatch.setattr(table, "sources", lambda arch, device: (source,))
+    for name in ("bits", "blend_weight"):
+        for key, ranked in result.ranked[name].items():
+            found = measured_tuner.predicted(all_tunables()[name], key, torch.device("cpu"))
+            assert found == result.top(name, key, 99)
+            assert sorted(found) == sorted(one.config for one in ranked)
+            assert found[0] == result.chosen(name, key).config  # type: ignore[union-attr]
 
 
 def test_explanations_have_every_term(result: StaticResult) -> None:
@@ -450,6 +466,8 @@ def test_shipped_results_are_of_these_kernels(arch: int, listed: list[Problem]) 
     for one in listed:
         entry = found["results"][one.tunable][one.key]
         assert tuple(entry["config"]) in all_tunables()[one.tunable].space(arch, one.sizes), (one, again)
+        ranked = [tuple(map(int, row.split("x"))) for row in entry["ranked"].split()]
+        assert (ranked[0], len(ranked)) == (tuple(entry["config"]), entry["candidates"])
         assert math.isfinite(entry["predicted_us"])
         assert entry["predicted_us"] > 1
 

@@ -327,6 +327,12 @@ def test_a_folder_or_a_pipe_in_the_place_of_a_file(tmp_path: Path, make: Callabl
         path.mkdir()
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(TuningFileError, match="pipe: is a pipe; name a file"):
+        read_results(tmp_path / "pipe")
+
+
 def test_a_folder_whose_name_cannot_exist() -> None:
     store = Store("/tmp/" + "a" * 300)
     assert store.files() == []

@@ -248,7 +248,7 @@ def test_search_map_and_images(recorder: Recorder, packed: TetraModel, tmp_path:
     assert recorder.is_balanced()
     read = [name for tree in recorder.seen.values() for _, name in tree if name == "read image"]
     assert len(read) == 5  # by the threads that decode
-    assert recorder.payloads["read image"] == (None, paths[0].stat().st_size)
+    assert recorder.payloads["read image"] in {(None, path.stat().st_size) for path in paths}  # the last to be opened
     assert recorder.names.count("next batch") == 4  # three batches, and that there is no more
     assert (0, "search") in recorder.here
     assert (1, "next batch") in recorder.here
