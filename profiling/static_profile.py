@@ -4,9 +4,10 @@ them. Needs no GPU, and measures nothing.
 A *profile* of a tree of the sources holds
 
 - ``kernels``: a row for every kernel, configuration and architecture: the kernel report (``tetra.profiling.report``),
-  and how many loops there are;
+  how many loops there are, and the ``choice`` that the configuration is for a problem of the models, if it is one;
 - ``launches``: a row for every public operation: which kernels it launches, which operations of PyTorch it runs beside
-  them, and how many bytes those copy.
+  them, and how many bytes those copy;
+- ``others``, where it is compared: rows of what only the other tree chooses (:func:`other_choices`).
 
 :func:`compare` finds what is worse in one profile than in another. Instructions are compared, not machine code, so that
 a change that only moves lines, or renames, is none. Each tree is read in processes of its own, with the tree on
@@ -23,6 +24,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import subprocess
 import sys
 import tarfile
@@ -40,20 +42,29 @@ from tetra.kernels.specimen import Specimen
 from tetra.profiling.report import describe
 from tetra.profiling.sass import KINDS, Report, find_loops, parse_instructions, parse_report
 
-FORMAT, VERSION = "tetra-static-profile", 1
+FORMAT, VERSION = "tetra-static-profile", 2
 CACHE_VARIABLE = "TETRA_PROFILE_CACHE"
-SLACK_PERCENT = 1.0
-CLASSES = ("all", *KINDS, "shared_bytes", "copied_bytes")
-"""what a slack can be given for"""
+_OF_KERNELS = ("all", *KINDS, "instructions", "shared_bytes")
+CLASSES = (*_OF_KERNELS, "copied_bytes")
+"""what a slack can be given for: classes of the main loop, instructions of the whole kernel, and bytes"""
+# What runs once is moved about more by the compiler, and costs less, than what is in the loop.
+SLACK_PERCENT = {**dict.fromkeys(CLASSES, 1.0), "instructions": 10.0, "copied_bytes": 0.0}
 
 _FOLDER = Path(__file__).parent
 _FOLDERS = ("kernels", "autotune", "profiling", "tetra")
 # What of a configuration says how the work is cut, not which work it is.
 _TILES = re.compile(r"BLOCK_|num_|GROUP|SPLIT|CHUNK|ROWS|QUERIES|WARPS|STAGES")
 
+# What two rows have in common that are compared, the surest first: with the same code, unless a function or a file was
+# renamed, and with the same work cut another way.
+_SAME_CODE = (("kernel", "function", "arch", "config"), ("kernel", "arch", "config"), ("function", "arch", "config"))
+_SAME_WORK = (("kernel", "function", "arch", "work"), ("kernel", "arch", "work"))
+
 _GROUPS = {"launches": "launches of {}", "torch": "{} of PyTorch"}  # what an operation causes, and how it is said
 
 Progress = Callable[[int, int, str], None]
+Row = dict[str, Any]
+Pairs = list[tuple[Row, Row]]
 
 
 class StaticProfileError(ValueError):
@@ -172,17 +183,10 @@ def profile_tree(
     for done, (what, arch) in enumerate(work):
         if progress is not None:
             progress(done, len(work), f"{name}: " + (f"sm_{arch}" if arch else "launches"))
-        kept = _cache_file(tree, request, what, arch)
-        found = _read_cache(kept)
-        if not (_are_kernels if what == "compiled" else _are_launches)(found):
-            found = (
-                _compiled(tree, name, request, arch, workers) if what == "compiled" else _traced(tree, name, request)
-            )
-            _write_cache(kept, found)
         if what == "compiled":
-            rows["kernels"] += found
+            rows["kernels"] += _compiled(tree, name, request, arch, workers)
         else:
-            rows["launches"] = found
+            rows["launches"] = _traced(tree, name, request)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -192,6 +196,33 @@ def profile_tree(
         "measured": False,
         **rows,
     }
+
+
+def other_choices(
+    tree: Path,
+    request: Request,
+    own: Mapping[str, Any],
+    other: Mapping[str, Any],
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Rows of ``tree``, whose profile is ``own``, in the configurations that only the tree of ``other`` chooses, as far
+    as this one has them: so both are compared in what either chooses. Kept by content.
+
+    Raises:
+        StaticProfileError: the tree's kernels can't be imported.
+    """
+    has = {_key(row, _SAME_CODE[0]) for row in own["kernels"]}
+    rows: list[Row] = []
+    for done, arch in enumerate(request.archs):
+        if progress is not None:
+            progress(done, len(request.archs), f"{own['name']}: sm_{arch} as {other['name']} chooses")
+        lacks = [row for row in other["kernels"] if row["arch"] == f"sm_{arch}" and _key(row, _SAME_CODE[0]) not in has]
+        choices = [row["choice"] for row in lacks if row.get("choice") is not None]
+        if choices:
+            rows += _compiled(tree.resolve(), own["name"], request, arch, workers, choices)
+    return rows
 
 
 def _ask(tree: Path, request: Mapping[str, Any], backend: str) -> subprocess.Popen[str]:
@@ -223,7 +254,21 @@ def _answer(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
     return answer
 
 
-def _compiled(tree: Path, name: str, request: Request, arch: int, workers: int | None) -> list[dict[str, Any]]:
+def _compiled(
+    tree: Path, name: str, request: Request, arch: int, workers: int | None, choices: list[Any] | None = None
+) -> list[Row]:
+    """Rows of what ``tree`` lists and chooses itself, or of ``choices`` of another."""
+    kept = _cache_file(tree, request, "compiled", arch, choices)
+    found = _read_cache(kept)
+    if not _are_kernels(found):
+        found = _compile(tree, name, request, arch, workers, choices)
+        _write_cache(kept, found)
+    return found  # type: ignore[no-any-return]
+
+
+def _compile(
+    tree: Path, name: str, request: Request, arch: int, workers: int | None, choices: list[Any] | None
+) -> list[Row]:
     parts = max(workers or os.cpu_count() or 1, 1)
     asked = {
         "what": "compiled",
@@ -231,6 +276,7 @@ def _compiled(tree: Path, name: str, request: Request, arch: int, workers: int |
         "kernels": None if request.kernels is None else list(request.kernels),
         "config": dict(request.config),
         "calls": [str(path) for path in request.calls],
+        "choices": choices,
         "parts": parts,
     }
     processes = [_ask(tree, {**asked, "part": part}, "auto") for part in range(parts)]
@@ -244,9 +290,9 @@ def _compiled(tree: Path, name: str, request: Request, arch: int, workers: int |
     return [_kernel_row(row) for row in sorted(raw, key=lambda row: row["number"])]
 
 
-def _kernel_row(row: dict[str, Any]) -> dict[str, Any]:
+def _kernel_row(row: Row) -> Row:
     """What is kept of a specimen."""
-    known = {"kernel": row["kernel"], "config": row["config"], "arch": f"sm_{row['arch']}", "function": row["function"]}
+    known = {name: row[name] for name in ("kernel", "function", "config", "choice")} | {"arch": f"sm_{row['arch']}"}
     if "error" in row:
         return {**known, "error": row["error"]}
     found = parse_report(row["arch"], row["sass"], row["usage"], row["shared_bytes"], row["num_warps"])
@@ -265,13 +311,18 @@ def _digest(found: Report) -> str:
 
 
 def _traced(tree: Path, name: str, request: Request) -> dict[str, Any]:
+    kept = _cache_file(tree, request, "traced", 0)
+    found: Any = _read_cache(kept)
+    if _are_launches(found):
+        return found  # type: ignore[no-any-return]
     asked = {
         "what": "traced",
         "kernels": None if request.kernels is None else list(request.kernels),
         "calls": [str(path) for path in request.calls],
     }
-    found: dict[str, Any] = _answer(_ask(tree, asked, "interpreter"), name)["traced"]
-    return found
+    found = _answer(_ask(tree, asked, "interpreter"), name)["traced"]
+    _write_cache(kept, found)
+    return found  # type: ignore[no-any-return]
 
 
 # --- kept by content ---------------------------------------------------------------------------------------
@@ -302,7 +353,7 @@ def sources_hash(tree: Path, folders: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _cache_file(tree: Path, request: Request, what: str, arch: int) -> Path:
+def _cache_file(tree: Path, request: Request, what: str, arch: int, choices: list[Any] | None = None) -> Path:
     # Launches are also made by the model; what compiles depends on kernels, on what chooses among them, and on shapes.
     folders = ("kernels", "autotune") if what == "compiled" else ("kernels", "autotune", "tetra")
     instrument = [_FOLDER / name for name in ("static_worker.py", "static_profile.py", "sass.py", "report.py")]
@@ -311,7 +362,7 @@ def _cache_file(tree: Path, request: Request, what: str, arch: int) -> Path:
         sources_hash(tree, folders),
         _source_digest((tree / "tetra" / "config.py").read_bytes(), True).hex(),
         *(hashlib.sha256(path.read_bytes()).hexdigest() for path in instrument if path.is_file()),
-        json.dumps([what, arch, request.about(), toolchain(), versions()], sort_keys=True),
+        json.dumps([what, arch, request.about(), toolchain(), versions(), choices], sort_keys=True),
     ]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     return cache_folder() / f"{what}-{key[:32]}.json"
@@ -403,11 +454,21 @@ def tree_of(repository: Path, revision: str) -> Iterator[tuple[Path, str]]:
 
 
 def read_profile(path: Path) -> dict[str, Any]:
-    """A profile that was written as JSON. StaticProfileError for any other file."""
+    """A profile that was written as JSON. StaticProfileError for any other file; of pipes only those that this process
+    was given are read, since another may never end."""
     try:
-        found = json.loads(path.read_text())
+        kind = path.stat().st_mode
+        given = path.as_posix().startswith(("/dev/stdin", "/dev/fd/"))
+        if not (stat.S_ISREG(kind) or (given and stat.S_ISFIFO(kind))):
+            raise StaticProfileError(f"{path}: is no regular file; write a profile to one with --write-baseline")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(found, ensure_ascii=False).encode()
+    except StaticProfileError:
+        raise
     except OSError as error:
         raise StaticProfileError(f"{path}: can't be read: {error.strerror}; write it with --write-baseline") from error
+    except UnicodeEncodeError:  # a half of a surrogate pair, which can't be printed
+        raise StaticProfileError(f"{path}: has text that is no Unicode; write it again with --write-baseline") from None
     except (ValueError, RecursionError):
         raise StaticProfileError(f"{path}: is not JSON, or truncated; write it again with --write-baseline") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -417,19 +478,21 @@ def read_profile(path: Path) -> dict[str, Any]:
     wanted = {"toolchain": dict, "about": dict, "kernels": list, "launches": dict, "name": str}
     wrong = [key for key, kind in wanted.items() if not isinstance(found.get(key), kind)]
     if not wrong:
-        wrong += ["figures of a kernel"] * (not _are_kernels(found["kernels"]))
-        wrong += ["figures of an operation"] * (not _are_launches(found["launches"]))
+        counts = f"whole numbers from 0 to {_MOST:,}"
+        wrong += [f"figures of a kernel ({counts})"] * (not _are_kernels(found["kernels"]))
+        wrong += [f"figures of an operation ({counts})"] * (not _are_launches(found["launches"]))
     if wrong:
         raise StaticProfileError(f"{path}: lacks {', '.join(wrong)}; write it again")
-    return found
+    return {key: found[key] for key in wanted}
 
 
-_FIGURES = ("registers", "spills", "stack_bytes", "shared_bytes", "ctas_per_sm", "num_warps", "n_loops")
+_FIGURES = ("registers", "spills", "stack_bytes", "shared_bytes", "ctas_per_sm", "num_warps", "n_loops", "instructions")
+_MOST = 2**53  # of a count: what floating point has exactly
 
 
 def _are_counts(row: object, names: Iterable[str]) -> bool:
-    """Whether ``row`` has whole numbers by these names."""
-    return isinstance(row, dict) and all(isinstance(row.get(name), int) for name in names)
+    """Whether ``row`` has counts by these names."""
+    return isinstance(row, dict) and all(type(row.get(name)) is int and 0 <= row[name] <= _MOST for name in names)
 
 
 def _are_kernels(rows: object) -> bool:
@@ -438,6 +501,7 @@ def _are_kernels(rows: object) -> bool:
         and isinstance(row.get("kernel"), str)
         and isinstance(row.get("arch"), str)
         and isinstance(row.get("config"), dict)
+        and isinstance(row.get("choice", []), (list, type(None)))
         and ("error" in row or (_are_counts(row, _FIGURES) and _are_counts(row.get("loop"), ("all", *KINDS))))
         for row in rows
     )
@@ -484,16 +548,19 @@ class Finding:
         verb, to = ("adds", "to") if change > 0 else ("removes", "from")
         if self.what in CLASSES and not self.what.endswith("_bytes"):
             what = "instructions" if self.what == "all" else self.what
-            return f"{verb} {abs(change):,} {what} {to} the loop ({self.base:,} -> {self.head:,})"
+            place = "whole kernel" if self.what == "instructions" else "loop"
+            return f"{verb} {abs(change):,} {what} {to} the {place} ({self.base:,} -> {self.head:,})"
         return f"{verb} {abs(change):,} {self.what.replace('_', ' ')} ({self.base:,} -> {self.head:,})"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found: differences, worst first, and how many rows were the same."""
+    """What :func:`compare` found: differences, worst first; how many rows, and of those kernels, were compared, and how
+    many were the same."""
 
     findings: list[Finding]
     n_compared: int
+    n_kernels: int
     n_same: int
 
     @property
@@ -506,15 +573,18 @@ class Comparison:
         return {
             "regressions": len(self.regressions),
             "compared": self.n_compared,
+            "compared_kernels": self.n_kernels,
             "same": self.n_same,
             "findings": rows,
         }
 
 
 def parse_slack(texts: Sequence[str]) -> dict[str, float]:
-    """Percent by class from texts such as "2" (all classes) and "alu=5". StaticProfileError for others."""
-    slack = dict.fromkeys(CLASSES, SLACK_PERCENT)
-    slack["copied_bytes"] = 0.0
+    """Percent by class from texts such as "2" and "alu=5". StaticProfileError for others.
+
+    A percentage alone is for all classes but ``copied_bytes``, and makes that of ``instructions`` no smaller.
+    """
+    slack = dict(SLACK_PERCENT)
     for text in sorted(texts, key=lambda text: "=" in text):  # those for all classes first
         name, _, number = text.rpartition("=")
         try:
@@ -524,7 +594,11 @@ def parse_slack(texts: Sequence[str]) -> dict[str, float]:
         if name not in ("", *CLASSES) or not 0 <= percent < float("inf"):
             known = ", ".join(CLASSES)
             raise StaticProfileError(f"slack: {text!r}; wanted PERCENT or CLASS=PERCENT with one of {known}")
-        slack |= dict.fromkeys([name] if name else CLASSES, percent)
+        if name:
+            slack[name] = percent
+        else:
+            slack |= dict.fromkeys(_OF_KERNELS, percent)
+            slack["instructions"] = max(percent, SLACK_PERCENT["instructions"])
     return slack
 
 
@@ -533,19 +607,21 @@ def _where(row: Mapping[str, Any]) -> str:
     return f"{row['kernel']} {row['arch']} {config}"
 
 
-def _identity(row: Mapping[str, Any], tiles: bool = True) -> str:
-    config = {k: v for k, v in row["config"].items() if tiles or not _TILES.search(k)}
-    return json.dumps([row["kernel"], row.get("function"), row["arch"], config], sort_keys=True)
+def _key(row: Mapping[str, Any], parts: Sequence[str]) -> str:
+    """The same for rows that have these parts in common; ``work`` is the configuration without what cuts it up."""
+    values = {**row, "work": {k: v for k, v in row["config"].items() if not _TILES.search(k)}}
+    return json.dumps([values.get(part) for part in parts], sort_keys=True)
 
 
 def compare(base: Mapping[str, Any], head: Mapping[str, Any], slack: Mapping[str, float] | None = None) -> Comparison:
     """What is different in ``head``, and what of it is worse beyond the slack.
 
-    Regressions are: more instructions of a class in the main loop, or more shared memory, by more than the class's
-    slack; any new spill or stack; registers or shared memory with which fewer blocks fit a multiprocessor; more loops;
-    code that no longer compiles; an operation that launches more kernels, runs more operations of PyTorch, or copies
-    more bytes. A configuration that is new has to compile, fit and not spill; one that took the place of another is
-    compared with it.
+    Regressions are: more instructions of a class in the main loop, or in the whole kernel, or more shared memory, by
+    more than the class's slack; any new spill or stack; registers or shared memory with which fewer blocks fit a
+    multiprocessor; more loops; code that no longer compiles; an operation that launches more kernels, runs more
+    operations of PyTorch, or copies more bytes. A configuration that is new has to compile, fit and not spill; one that
+    took the place of another is compared with it. A function of which nothing could be compared is a regression too,
+    unless there is nothing that may have taken its place.
 
     Args:
         slack: percent by class, see :func:`parse_slack`.
@@ -561,40 +637,74 @@ def compare(base: Mapping[str, Any], head: Mapping[str, Any], slack: Mapping[str
                 f"{json.dumps(head[key])}; {fix}, or write the baseline again"
             )
     findings: list[Finding] = []
-    n_compared = n_same = 0
-    old = {_identity(row): row for row in base["kernels"]}
-    new = {_identity(row): row for row in head["kernels"]}
-    pairs = [(old[key], new[key]) for key in old.keys() & new.keys()]
-    gone, added = ([rows[key] for key in rows.keys() - other.keys()] for rows, other in ((old, new), (new, old)))
-    retiled = _retiled(gone, added)
+    n_same = 0
+    pairs, gone, added = _paired(base["kernels"], head["kernels"], _SAME_CODE)
+    pairs += _paired(gone, head.get("others", []), _SAME_CODE)[0]
+    pairs += _paired(base.get("others", []), added, _SAME_CODE)[0]
+    retiled, gone, added = _paired(gone, added, _SAME_WORK)
     for before, after in sorted(pairs, key=lambda pair: _where(pair[0])):
         found = _compare_rows(before, after, slack)
         findings += found
-        n_compared += 1
         n_same += not found
     for before, after in retiled:
         findings.append(Finding(_where(after), "configuration", 0, 0, False, f"took the place of {_where(before)}"))
         findings += _compare_rows(before, after, None)
-        n_compared += 1
-    for row in (row for row in added if not any(row is after for _, after in retiled)):
+    for row in added:
         findings += _check_new(row)
-    for row in (row for row in gone if not any(row is before for before, _ in retiled)):
-        findings.append(Finding(_where(row), "configuration", 1, 0, False, "is gone"))
+    findings += [Finding(_where(row), "configuration", 1, 0, False, "is gone") for row in gone]
+    findings += _renamed([*pairs, *retiled])
+    findings += _not_compared(base["kernels"], head["kernels"], [*pairs, *retiled])
+    n_kernels = n_compared = len(pairs) + len(retiled)
     for name in sorted(base["launches"].keys() | head["launches"].keys()):
         found = _compare_launches(name, base["launches"].get(name), head["launches"].get(name), slack)
         findings += found
         n_compared += 1
         n_same += not found
-    return Comparison(sorted(findings, key=lambda finding: not finding.is_regression), n_compared, n_same)
+    return Comparison(sorted(findings, key=lambda finding: not finding.is_regression), n_compared, n_kernels, n_same)
 
 
-def _retiled(gone: list[dict[str, Any]], added: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Pairs that do the same work in another configuration, where it is clear which belongs to which."""
-    by_work: dict[str, list[list[dict[str, Any]]]] = {}
-    for side, rows in enumerate((gone, added)):
-        for row in rows:
-            by_work.setdefault(_identity(row, tiles=False), [[], []])[side].append(row)
-    return [(old[0], new[0]) for old, new in by_work.values() if len(old) == len(new) == 1]
+def _paired(old: list[Row], new: list[Row], ways: Iterable[Sequence[str]]) -> tuple[Pairs, list[Row], list[Row]]:
+    """Rows that belong together, by the first of ``ways`` that makes it clear which do; and those left on each side."""
+    pairs: Pairs = []
+    for parts in ways:
+        groups: dict[str, tuple[list[Row], list[Row]]] = {}
+        for side, rows in enumerate((old, new)):
+            for row in rows:
+                groups.setdefault(_key(row, parts), ([], []))[side].append(row)
+        old, new = [], []
+        for before, after in groups.values():
+            if len(before) == len(after) == 1:
+                pairs.append((before[0], after[0]))
+            else:
+                old, new = old + before, new + after
+    return pairs, old, new
+
+
+def _renamed(pairs: Pairs) -> list[Finding]:
+    """A note for each function that has another name, or is in another file."""
+    names = {tuple((row["kernel"], str(row.get("function"))) for row in pair) for pair in pairs}
+    return [
+        Finding(" ".join(now), "function", 0, 0, False, f"was {was[1]}" + f" of {was[0]}" * (was[0] != now[0]))
+        for was, now in sorted(names)
+        if was != now
+    ]
+
+
+def _not_compared(old: list[Row], new: list[Row], pairs: Pairs) -> list[Finding]:
+    """Functions of which nothing was compared though their file has others that may be they, since silence would pass
+    for an answer; where nothing was of any, all of them."""
+
+    def function(row: Row) -> tuple[str, str, str]:
+        return row["kernel"], row["arch"], str(row.get("function"))
+
+    compared = [{function(pair[side]) for pair in pairs} for side in (0, 1)]
+    strangers = {function(row)[:2] for row in new if function(row) not in compared[1]}
+    text = "nothing could be compared: it is not clear what took the place of its configurations"
+    return [
+        Finding(" ".join(name), "function", n, 0, True, text)
+        for name, n in sorted(Counter(map(function, old)).items())
+        if name not in compared[0] and (name[:2] in strangers or not pairs)
+    ]
 
 
 def _compare_rows(
@@ -605,7 +715,8 @@ def _compare_rows(
     if "error" in after or "error" in before:
         if "error" in after and "error" not in before:
             return [Finding(where, "compiles", 1, 0, True, f"no longer compiles: {after['error']}")]
-        return [] if "error" in after else [Finding(where, "compiles", 0, 1, False, "compiles now")]
+        text = "does not compile, as before" if "error" in after else "compiles now"
+        return [Finding(where, "compiles", 0, int("error" not in after), False, text)]
     found: list[Finding] = []
 
     def differs(what: str, old: int, new: int, worse: bool) -> None:
@@ -627,10 +738,10 @@ def _compare_rows(
     if slack is None:
         return found
     differs("loops", before["n_loops"], after["n_loops"], after["n_loops"] > before["n_loops"])
-    for what in CLASSES:
-        if what == "copied_bytes":
-            continue
-        old, new = (row[what] if what == "shared_bytes" else row["loop"][what] for row in (before, after))
+    for what in _OF_KERNELS:
+        if what == "instructions" and all(row[what] == row["loop"]["all"] for row in (before, after)):
+            continue  # without a loop all of the kernel counts as one
+        old, new = ((row if what in _FIGURES else row["loop"])[what] for row in (before, after))
         differs(what, old, new, new > old * (1 + slack[what] / 100))
     return found
 

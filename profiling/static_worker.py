@@ -14,11 +14,13 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+Choice = list[Any]  # [name of a tunable, sizes of a problem, a row of its table]; JSON values
 
 # Operations of PyTorch that start no kernel where they are made of no others: they allocate, or show the same memory in
 # another way.
@@ -53,44 +55,70 @@ def _config_fits(config: dict[str, Any], wanted: dict[str, Any]) -> bool:
     return all(name in config and str(config[name]).lower() == str(value).lower() for name, value in wanted.items())
 
 
-def list_specimens(request: dict[str, Any]) -> list[Any]:
-    """The specimens asked for, with their architecture: those that the kernels' files list, and those that run the
-    models' problems in the configurations that are shipped for them."""
+def list_specimens(request: dict[str, Any]) -> list[tuple[int, Any, Choice | None]]:
+    """(architecture, specimen, choice that it is of, if any) of all that is asked for: ``choices`` of another tree; if
+    they are None, what may run the models' problems, and what this one's kernels' files list."""
     from tetra.kernels.ahead_of_time import all_specimens, kernel_names
 
     wanted = [name for name in kernel_names() if request["kernels"] is None or name in request["kernels"]]
     found: dict[str, Any] = {}
     for arch in request["archs"]:
-        listed = [specimen for kernel in wanted for specimen in all_specimens(arch, kernel)]
-        for specimen in (*listed, *_chosen(arch, request["calls"])):
+        asked: list[tuple[Any, Choice | None]] = []
+        if request["choices"] is None:
+            for choice in _choices(arch, request["calls"]):
+                asked += [(specimen, choice) for specimen in _specimens_of(arch, choice)]
+            # After the choices, which are what another tree can be asked for.
+            asked += [(specimen, None) for kernel in wanted for specimen in all_specimens(arch, kernel)]
+        for other in request["choices"] or ():
+            with suppress(Exception):  # this tree may not know the kernel, its sizes, or anything that can be tuned
+                asked += [(specimen, other) for specimen in _specimens_of(arch, other)]
+        for specimen, its_choice in asked:
             if specimen.name in wanted and _config_fits(specimen.config, request["config"]):
                 function = getattr(specimen.kernel, "__name__", "")
                 key = json.dumps([arch, specimen.name, function, specimen.config], sort_keys=True, default=str)
-                found.setdefault(key, (arch, specimen))
+                found.setdefault(key, (arch, specimen, its_choice))
     return list(found.values())
 
 
-def _chosen(arch: int, sources: list[str]) -> list[Any]:
-    """What would run the problems of the backbones that ``sources`` name; nothing in a tree without tuning results."""
+def _choices(arch: int, sources: list[str]) -> list[Choice]:
+    """What may run the problems of the backbones that ``sources`` name: the default, and what the tree's results say.
+    Nothing in a tree without tuning results.
+
+    Results count whatever they were made from. Launches leave out those of a kernel that was edited, but then an edit
+    would take away the very configurations that show what it does.
+    """
     try:
         from tetra.autotune.hardware import product_of
-        from tetra.autotune.table import lookup
+        from tetra.autotune.store import read_or_notice
+        from tetra.autotune.table import SHIPPED
         from tetra.autotune.workloads import problems
         from tetra.kernels.tunable import all_tunables
     except ImportError:
         return []
-    specimens = []
+    read = [read_or_notice(path) for path in sorted(SHIPPED.glob("*.json"))]
+    tables = [found.results for found in read if found is not None and found.device.get("arch") == f"sm_{arch}"]
+    choices = []
     for source in sources:
         for problem in problems(_functions(source).get("backbones", dict)()):
             tunable = all_tunables()[problem.tunable]
-            if tunable.works is None:
-                continue
-            n_sms = product_of(arch).n_sms
-            default = tunable.default(arch, n_sms, problem.sizes)
-            rows = tuple(dict.fromkeys((default, *tunable.space(arch, problem.sizes))))
-            config = lookup(tunable.name, arch, problem.key, rows)
-            specimens += [work.specimen for work in tunable.works(arch, n_sms, problem.sizes, config)]
-    return specimens
+            entries = [table.get(tunable.name, {}).get(problem.key) for table in tables]
+            default = tunable.default(arch, product_of(arch).n_sms, problem.sizes)
+            rows = [default, *(tuple(entry["config"]) for entry in entries if entry is not None)]
+            choices += [[tunable.name, problem.sizes, list(row)] for row in dict.fromkeys(rows)]
+    return choices
+
+
+def _specimens_of(arch: int, choice: Choice) -> list[Any]:
+    """What runs a problem in a configuration; nothing if the tree's table lacks that row, or Triton compiles none."""
+    from tetra.autotune.hardware import product_of
+    from tetra.kernels.tunable import all_tunables
+
+    name, sizes, config = choice
+    tunable, n_sms = all_tunables()[name], product_of(arch).n_sms
+    row = tuple(config)
+    if tunable.works is None or row not in (tunable.default(arch, n_sms, sizes), *tunable.space(arch, sizes)):
+        return []
+    return [work.specimen for work in tunable.works(arch, n_sms, sizes, row)]
 
 
 def _functions(source: str) -> dict[str, Any]:
@@ -104,7 +132,7 @@ def compiled(request: dict[str, Any]) -> dict[str, Any]:
     from tetra.kernels.ahead_of_time import compile_for, disassemble
 
     found = []
-    for number, (arch, specimen) in enumerate(list_specimens(request)):
+    for number, (arch, specimen, choice) in enumerate(list_specimens(request)):
         if number % request["parts"] != request["part"]:
             continue
         row = {
@@ -113,6 +141,7 @@ def compiled(request: dict[str, Any]) -> dict[str, Any]:
             "kernel": specimen.name,
             "function": getattr(specimen.kernel, "__name__", "") or specimen.kernel.fn.__name__,
             "config": specimen.config,
+            "choice": choice,
         }
         try:
             code = compile_for(specimen, arch)

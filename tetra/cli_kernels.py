@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -276,7 +277,9 @@ def kernels_check(
     slack: Annotated[
         list[str] | None,
         typer.Option(
-            "--slack", metavar="[CLASS=]PERCENT", help="By how much a count may rise, such as 2 or alu=5. [default: 1]"
+            "--slack",
+            metavar="[CLASS=]PERCENT",
+            help="By how much a count may rise, such as 2 or alu=5. [default: 1, instructions=10, copied_bytes=0]",
         ),
     ] = None,
     repo: Annotated[Path, typer.Option("--repo", metavar="DIR", help="The checkout.")] = Path("."),
@@ -293,7 +296,7 @@ def kernels_check(
 ) -> None:
     """What a change of the sources does to the compiled kernels and to what the operations launch; needs no GPU.
 
-    Exit status: 0 if nothing is worse beyond the slack, 1 if something is, 2 for bad input.
+    Exit status: 0 if nothing is worse beyond the slack, 1 if something is or could not be compared, 2 for bad input.
     """
     from tetra.kernels.ahead_of_time import check_compiler, parse_arch
     from tetra.profiling import static_profile as static
@@ -306,7 +309,7 @@ def kernels_check(
         raise ConfigError("nothing to compare with; give --base REV, --baseline FILE or --write-baseline FILE")
     calls = (Path(static.__file__).with_name("traced_calls.py"), Path(__file__).with_name("traced_model.py"))
     values = tuple(_config_values(config).items())
-    with user_errors(), progress_bar("profiling") as progress:
+    with user_errors(), progress_bar("profiling") as progress, ExitStack() as trees:
         archs = tuple(dict.fromkeys(parse_arch(name) for name in arch or ("sm_80", "sm_90")))
         allowed = static.parse_slack(slack or [])
         check_compiler()
@@ -318,23 +321,33 @@ def kernels_check(
         static.check_kernel_files(root, head, kernel or ())
         request = static.Request(archs, None if kernel is None else tuple(sorted(set(kernel))), values, calls)
 
-        def profile(revision: str | None) -> dict[str, Any]:
+        def open_tree(revision: str | None) -> tuple[Path, str]:
             if revision is None:
-                return static.profile_tree(
-                    root, request, name="the files as they are", workers=workers, progress=progress
-                )
-            with static.tree_of(root, revision) as (tree, commit):
-                name = f"{revision} ({commit})"
-                return static.profile_tree(tree, request, name=name, workers=workers, progress=progress)
+                return root, "the files as they are"
+            tree, commit = trees.enter_context(static.tree_of(root, revision))
+            return tree, f"{revision} ({commit})"
 
-        after = profile(head)
+        def profile(tree: Path, name: str) -> dict[str, Any]:
+            return static.profile_tree(tree, request, name=name, workers=workers, progress=progress)
+
+        head_tree, name = open_tree(head)
+        after = profile(head_tree, name)
         if kernel is not None:
             _check_some_found(after, kernel)
         if write_baseline is not None:
             write_json(write_baseline, after)
         if base is not None:
-            before = profile(base)
-        found = static.compare(before, after, allowed) if before is not None else None
+            base_tree, name = open_tree(base)
+            before = profile(base_tree, name)
+            before["others"] = static.other_choices(
+                base_tree, request, before, after, workers=workers, progress=progress
+            )
+        found = None
+        if before is not None:
+            after["others"] = static.other_choices(
+                head_tree, request, after, before, workers=workers, progress=progress
+            )
+            found = static.compare(before, after, allowed)
     if found is None:
         print(f"profile of {after['name']} written to {write_baseline}: {len(after['kernels'])} compiled kernels")
         return
@@ -361,5 +374,7 @@ def _print_comparison(found: Comparison, base: str, head: str) -> None:
     for finding in found.findings:
         print(f"  {'WORSE' if finding.is_regression else 'note '}  {finding.where}: {finding.text()}")
     n = len(found.regressions)
-    same = f"{found.n_same} of {found.n_compared} kernels and operations are the same"
-    print(f"{n} regression{'' if n == 1 else 's'}; {same}" if n else f"nothing is worse; {same}")
+    verdict = "nothing is worse" if found.n_kernels else f"nothing could be compared: {base} has no such kernels"
+    if n:
+        verdict = f"{n} regression{'' if n == 1 else 's'}"
+    print(f"{verdict}; {found.n_same} of {found.n_compared} kernels and operations are the same")
