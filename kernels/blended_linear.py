@@ -603,7 +603,7 @@ def _weight_specimen(dtype: str, out: str, config: Config = WEIGHT_CONFIGS[0]) -
     pointers = {"weight_ptr": f"*{dtype}", "sums_ptr": "*fp32", "out_ptr": f"*{out}"}
     return Specimen(
         name="blended_linear",
-        config={"part": "weight", "dtype": dtype, "out": out, "num_warps": warps},
+        config={"part": "weight", "dtype": dtype, "out": out, "BLOCK": block, "num_warps": warps},
         kernel=_blend_weight_kernel,
         signature={**pointers, "n": "i32", "n_sums": "i32", "lam": "fp32"},
         constants={"MAX_SUMS": MAX_SUMS, "BLOCK": block},
@@ -616,7 +616,7 @@ def _sums_specimen(dtype: str) -> Specimen:
     block, warps = WEIGHT_CONFIGS[0]
     return Specimen(
         name="blended_linear",
-        config={"part": "sums", "dtype": dtype, "num_warps": warps},
+        config={"part": "sums", "dtype": dtype, "BLOCK": block, "num_warps": warps},
         kernel=_absolute_sums_kernel,
         signature={"weight_ptr": f"*{dtype}", "sums_ptr": "*fp32", "n": "i32", "values_a_block": "i32"},
         constants={"BLOCK": block},

@@ -186,7 +186,8 @@ def specimens(arch: int) -> list[Specimen]:
 
 
 def _specimen(k: int, dtype: str, residual: bool, row: Config | None = None) -> Specimen:
-    config = row_options(row or row_configs(k, TRITON_DTYPES[dtype])[0])
+    tile = row_options(row or row_configs(k, TRITON_DTYPES[dtype])[0])
+    config = dict(tile)
     wide = not fits_registers(k, config)
     signature, constants = norm_signature(dtype, True, residual, {"out_ptr": f"*{dtype}"})
     constants["CHUNK"] = config.pop("CHUNK")
@@ -196,11 +197,11 @@ def _specimen(k: int, dtype: str, residual: bool, row: Config | None = None) -> 
         constants["K"] = k
     return Specimen(
         name="layer_norm",
-        config={"K": k, "dtype": dtype, "residual": residual, **config},
+        config={"K": k, "dtype": dtype, "residual": residual, **tile},
         kernel=_wide_layer_norm_kernel if wide else _layer_norm_kernel,
         signature=signature,
         constants=constants,
-        options=dict(config),
+        options=config,
         unaligned=("eps",),
     )
 

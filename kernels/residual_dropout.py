@@ -185,8 +185,9 @@ def specimens(arch: int) -> list[Specimen]:
 def _specimen(
     k: int, residual: str | None, y: str, out: str, dropout: float = 0.1, row: Config | None = None
 ) -> Specimen:
-    config: dict[str, Any] = row_options(row or _configs(k, TRITON_DTYPES[y], TRITON_DTYPES[out])[0]) | _OPTIONS
-    shown = {"K": k, "residual": residual is not None, "y": y, "out": out, "num_warps": config["num_warps"]}
+    tile = row_options(row or _configs(k, TRITON_DTYPES[y], TRITON_DTYPES[out])[0])
+    config: dict[str, Any] = tile | _OPTIONS
+    shown = {"K": k, "residual": residual is not None, "y": y, "out": out, **tile}
     signature = {"y_ptr": f"*{y}", "seed_ptr": "*i64", "out_ptr": f"*{out}"}
     constants = {"K": k, "CHUNK": config.pop("CHUNK"), **dropout_constants(dropout)}
     if residual is None:

@@ -300,7 +300,8 @@ def _specimen(
     residual: bool = False,
     row: Config | None = None,
 ) -> Specimen:
-    config = row_options(row or row_configs(k, TRITON_DTYPES[dtype])[0])
+    tile = row_options(row or row_configs(k, TRITON_DTYPES[dtype])[0])
+    config = dict(tile)
     wide = not fits_registers(k, config)
     constants: dict[str, Any] = {"GELU": gelu, "CHUNK": config.pop("CHUNK")}
     signature, missing = norm_signature(dtype, norm, residual, {"x_q_ptr": "*i8", "scale_ptr": "*fp32"})
@@ -311,7 +312,7 @@ def _specimen(
         constants["K"] = k
     return Specimen(
         name="row_quantize",
-        config={"K": k, "dtype": dtype, "norm": norm, "gelu": gelu, "residual": residual, **config},
+        config={"K": k, "dtype": dtype, "norm": norm, "gelu": gelu, "residual": residual, **tile},
         kernel=_wide_row_quantize_kernel if wide else _row_quantize_kernel,
         signature=signature,
         constants=constants,

@@ -11,10 +11,21 @@ import json
 import math
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tetra.profiling.events import MAX_INTEGER, Activity, Kind, Profile, ReadError, Span, Thread, attribute
+from tetra.profiling.events import (
+    MAX_INTEGER,
+    Activity,
+    Kind,
+    Profile,
+    ReadError,
+    Span,
+    Thread,
+    activities_of,
+    attribute,
+)
 
 _GPU: dict[str, Kind] = {"kernel": "kernel", "gpu_memcpy": "copy", "gpu_memset": "fill"}
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
@@ -123,23 +134,9 @@ def _gpu_activities(
 
 
 def _operators(events: list[_Event], spans: list[Span]) -> list[Activity]:
-    own = [event.duration for event in events]
-    by_thread: dict[Thread, list[int]] = defaultdict(list)
-    for number, event in enumerate(events):
-        by_thread[event.thread].append(number)
-    for numbers in by_thread.values():
-        callers: list[int] = []
-        for number in sorted(numbers, key=lambda n: (events[n].start, -events[n].end)):
-            while callers and events[callers[-1]].end <= events[number].start:
-                callers.pop()
-            if callers:
-                own[callers[-1]] -= events[number].duration
-            callers.append(number)
-    paths = attribute([(event.thread, event.start) for event in events], spans)
-    return [
-        Activity(event.name, "operator", event.start, max(0, time), path)
-        for event, time, path in zip(events, own, paths, strict=True)
-    ]
+    operators = activities_of([Span(event.name, event.start, event.end, event.thread) for event in events], "operator")
+    paths = attribute([(event.thread, event.start) for event in events], spans)  # of ranges, not of operators
+    return [replace(operator, path=path) for operator, path in zip(operators, paths, strict=True)]
 
 
 def _device(trace: Any) -> str | None:

@@ -11,7 +11,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,24 +142,31 @@ def _sweep(
         yield number, tuple(span.name for span in open_spans)
 
 
-def activities_of(spans: Iterable[Span]) -> list[Activity]:
-    """The ranges themselves, as what took time on the CPU: each without the ranges that its thread opened in it."""
-    by_thread: dict[Thread, list[Span]] = defaultdict(list)
-    for span in spans:
-        by_thread[span.thread].append(span)
-    found: list[Activity] = []
-    for own in by_thread.values():
-        open_spans: list[tuple[Span, int]] = []  # with its number in ``found``
-        for span in sorted(own, key=lambda span: (span.start_ns, -span.end_ns)):
-            open_spans = [(outer, number) for outer, number in open_spans if outer.end_ns > span.start_ns]
-            if open_spans:
-                outer, number = open_spans[-1]
-                inside = min(span.end_ns, outer.end_ns) - span.start_ns
-                found[number] = replace(found[number], duration_ns=max(found[number].duration_ns - inside, 0))
-            path = (*(outer.name for outer, _ in open_spans), span.name)
-            open_spans.append((span, len(found)))
-            found.append(Activity(span.name, "range", span.start_ns, span.end_ns - span.start_ns, path))
-    return found
+def activities_of(spans: Sequence[Span], kind: Kind = "range") -> list[Activity]:
+    """Ranges or operators themselves, in their order, as what took time on the CPU: each without those that its thread
+    opened in it. At every moment the one opened last counts, so that together they take as long as their threads did.
+    """
+    own = [span.end_ns - span.start_ns for span in spans]
+    paths: list[tuple[str, ...]] = [()] * len(spans)
+    by_thread: dict[Thread, list[int]] = defaultdict(list)
+    for number, span in enumerate(spans):
+        by_thread[span.thread].append(number)
+    for numbers in by_thread.values():
+        open_spans: list[int] = []
+        for number in sorted(numbers, key=lambda n: (spans[n].start_ns, -spans[n].end_ns)):
+            span = spans[number]
+            open_spans = [outer for outer in open_spans if spans[outer].end_ns > span.start_ns]
+            covered = span.start_ns
+            for outer in reversed(open_spans):  # several, where it ends after the one that it was opened in
+                inside = min(span.end_ns, spans[outer].end_ns) - covered
+                if inside > 0:
+                    own[outer] -= inside
+                    covered += inside
+            open_spans.append(number)
+            paths[number] = tuple(spans[n].name for n in open_spans)
+    return [
+        Activity(span.name, kind, span.start_ns, time, path) for span, time, path in zip(spans, own, paths, strict=True)
+    ]
 
 
 # --- tables

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tetra.profiling.events import By, Profile, Row, table
 
@@ -30,12 +30,17 @@ class Mover:
         return self.after_ns - self.before_ns
 
     @property
+    def found_in(self) -> Literal["both", "before", "after"]:
+        """By the counts: what launches nothing, such as a range around work of the CPU, takes no time in either."""
+        return "before" if not self.count_after else "after" if not self.count_before else "both"
+
+    @property
     def ratio(self) -> float | None:
-        """after / before; None for what is only in one run."""
+        """after / before; None where either is 0."""
         return self.after_ns / self.before_ns if self.before_ns and self.after_ns else None
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "change_ns": self.change_ns, "ratio": self.ratio}
+        return {**asdict(self), "found_in": self.found_in, "change_ns": self.change_ns, "ratio": self.ratio}
 
 
 def movers(before: Profile, after: Profile, by: By = "kernel") -> list[Mover]:

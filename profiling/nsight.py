@@ -11,10 +11,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
@@ -108,6 +110,8 @@ PERMISSION = (
     "NVreg_RestrictProfilingToAdminUsers=0' in a file of /etc/modprobe.d and load the driver again (reboot)"
 )
 
+NO_TETRA = "{0}: this Python has no tetra, a part of which records the trace there; run: {0} -m pip install tetra-vpr"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -117,12 +121,14 @@ class Recipe:
         tool: the program that has to be there; "" where Python is enough.
         environment: what is set on top of what is there.
         outputs: files that there will be, the one to read first.
+        python: interpreter with its options that has to have this package; empty where none has.
     """
 
     tool: str
     commands: list[list[str]]
     environment: dict[str, str]
     outputs: list[Path] = field(default_factory=list)
+    python: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         """The commands as a shell takes them."""
@@ -237,6 +243,7 @@ def ncu(
         profile += ["--launch-count", str(launches)]
     profile += ["--force-overwrite", "--export", str(report), *command]
     convert = ["ncu", "--import", str(report), "--csv", "--page", "raw", "--log-file", str(table)]
+    convert = ["env", "LC_ALL=C", *convert]  # numbers as in English, which are those that can be read here
     return Recipe("ncu", [profile, convert], window.environment(), [table, report])
 
 
@@ -262,25 +269,21 @@ def torch(command: Sequence[str], output: Path, window: Window, *, with_stack: b
         raise ValueError(f"{output}: a trace is named .json or .json.gz")
     interpreter, program = _python_of(command)
     options = ["--stack"] if with_stack else []
-    run = [*interpreter, "-m", "tetra.profiling.torch_trace", str(output), *options, "--", *program]
-    return Recipe("", [run], window.environment(), [output])
+    run = [*interpreter, "-m", _TRACER, str(output), *options, "--", *program]
+    return Recipe("", [run], window.environment(), [output], interpreter)
 
 
-_OPTIONS_WITH_VALUE = ("-X", "-W", "--check-hash-based-pycs")
+_TRACER = "tetra.profiling.torch_trace"
 
 
 def _python_of(command: Sequence[str]) -> tuple[list[str], list[str]]:
     """The interpreter with its own options, and what it runs: ``-m module ...``, ``-c code ...`` or ``script ...``."""
     name, *rest = command
     if re.fullmatch(r"python(3(\.\d+)?)?t?", Path(name).name):
-        options: list[str] = []
-        while rest and rest[0].startswith("-") and rest[0] not in ("-m", "-c", "-"):
-            options.append(rest.pop(0))
-            if options[-1] in _OPTIONS_WITH_VALUE and rest:
-                options.append(rest.pop(0))
-        if not rest or rest[0] == "-" or (rest[0] in ("-m", "-c") and len(rest) < 2):
+        options, program = _split_options(rest)
+        if not program or program[0] == "-" or (program[0] in ("-m", "-c") and len(program) < 2):
             raise ValueError(f"{shlex.join(command)}: runs no script; name one, or -m and a module")
-        return [shutil.which(name) or name, *options], rest
+        return [shutil.which(name) or name, *options], program
     if name.endswith(".py"):
         return [sys.executable], list(command)
     path = shutil.which(name)
@@ -290,6 +293,32 @@ def _python_of(command: Sequence[str]) -> tuple[list[str], list[str]]:
     if interpreter is None:
         raise ValueError(f"{name}: is not a Python program, and torch.profiler looks into Python alone; use nsys")
     return [interpreter], [path, *rest]
+
+
+def _split_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Python's own options and the rest, which begins with ``-m``, ``-c`` or a script.
+
+    As Python reads them: letters may share a dash (``-uOO``), and one that takes a value takes what follows it there
+    (``-Xdev``, ``-umjson.tool``) or else the next argument.
+    """
+    options: list[str] = []
+    rest = list(arguments)
+    while rest and rest[0].startswith("-") and rest[0] != "-":
+        option = rest.pop(0)
+        if option == "--":  # ends the options
+            break
+        takes_next = option == "--check-hash-based-pycs"
+        if not option.startswith("--"):
+            letter = next((letter for letter in option if letter in "mcXW"), "")
+            flags, _, value = option.partition(letter) if letter else (option, "", "")
+            if letter in ("m", "c"):
+                return options + [flags] * (flags != "-"), [f"-{letter}"] + [value] * (value != "") + rest
+            takes_next = letter != "" and not value
+        options.append(option)
+        if takes_next:
+            options += rest[:1]
+            rest = rest[1:]
+    return options, rest
 
 
 def _interpreter_of(script: Path) -> str | None:
@@ -324,7 +353,8 @@ class Outcome:
 def run(recipe: Recipe) -> Outcome:
     """Run the commands of a recipe; what they say goes to stdout and stderr as it comes.
 
-    What ncu says is listened to; the others have the terminal, if there is one, for themselves.
+    What ncu says is listened to; the others have the terminal, if there is one, for themselves. SIGTERM and SIGHUP are
+    passed on to the command that runs, and end the recipe with it.
 
     Raises:
         OSError: the program can't be started, or the folder of the output can't be made.
@@ -334,7 +364,9 @@ def run(recipe: Recipe) -> Outcome:
         output.unlink(missing_ok=True)  # or an old one would be taken for the result of this run
     environment = {**os.environ, **recipe.environment}
     for number, command in enumerate(recipe.commands):
-        status, denied = _run(command, environment, listen=recipe.tool == "ncu")
+        status, denied, asked_to_end = _run(command, environment, listen=recipe.tool == "ncu")
+        if asked_to_end:
+            return Outcome(-asked_to_end, shlex.join(command))
         if denied:
             return Outcome(status or 1, shlex.join(command), PERMISSION)
         to_convert = number == 0 and len(recipe.commands) > 1
@@ -342,35 +374,73 @@ def run(recipe: Recipe) -> Outcome:
             return Outcome(1, shlex.join(command), NOTHING_RECORDED)
         if status == 0:
             continue
+        if recipe.python and not recipe.outputs[0].exists() and not _has_tracer(recipe.python, environment):
+            return Outcome(status, shlex.join(command), NO_TETRA.format(shlex.quote(recipe.python[0])))
         if to_convert and recipe.outputs[-1].exists():
             # The profiled command failed; what was recorded up to there is worth converting.
             for others in recipe.commands[1:]:
-                _run(others, environment, listen=False)
+                *_, asked_to_end = _run(others, environment, listen=False)
+                if asked_to_end:
+                    return Outcome(-asked_to_end, shlex.join(others))
         return Outcome(status, shlex.join(command))
     return Outcome(0)
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str], listen: bool) -> tuple[int, bool]:
-    """Exit status, and whether the driver has refused to give counters, for which one has to listen."""
+def _run(command: Sequence[str], environment: Mapping[str, str], listen: bool) -> tuple[int, bool, int]:
+    """Exit status; whether the driver has refused to give counters, for which one has to listen; and the signal that
+    asked this process to end, or 0."""
     pipe = subprocess.PIPE if listen else None
-    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe)
     denied = threading.Event()
-    copies = [
-        threading.Thread(target=_copy, args=(source, target, denied), daemon=True)
-        for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
-        if source is not None
-    ]
-    for copy in copies:
-        copy.start()
-    while True:
-        try:
-            status = process.wait()
-            break
-        except KeyboardInterrupt:  # it got the signal too, and writes what it has
-            continue
-    for copy in copies:
-        copy.join()
-    return status, denied.is_set()
+    process: subprocess.Popen[bytes] | None = None
+    asked: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        asked.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    with _handled_by(pass_on):
+        process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe)
+        for number in asked:  # before there was anything to pass it on to
+            process.send_signal(number)
+        copies = [
+            threading.Thread(target=_copy, args=(source, target, denied), daemon=True)
+            for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+            if source is not None
+        ]
+        for copy in copies:
+            copy.start()
+        while True:
+            try:
+                status = process.wait()
+                break
+            except KeyboardInterrupt:  # it got the signal too, and writes what it has
+                continue
+        for copy in copies:
+            copy.join(1.0 if asked else None)  # what the tool leaves behind may hold the pipe open
+    return status, denied.is_set(), asked[0] if asked else 0
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """What asks a process to end goes to ``handler``: a batch system signals the process that it started alone."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # others can't have handlers
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup ignores it
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _has_tracer(python: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether this package is installed for that interpreter."""
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({_TRACER!r}) is None)"
+    return subprocess.run([*python, "-c", code], env=environment, capture_output=True, check=False).returncode == 0
 
 
 def _copy(source: IO[bytes], target: IO[str], denied: threading.Event) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shlex
 import stat
 import zlib
 from pathlib import Path
@@ -29,7 +30,7 @@ def read(path: str | Path) -> Profile:
     path = Path(path)
     export = _REPORTS.get(path.suffix.lower())
     if export is not None:
-        raise ReadError(f"{path}: is a report for NVIDIA's own tools; run: {export.format(path)}")
+        raise ReadError(f"{path}: is a report for NVIDIA's own tools; run: {export.format(shlex.quote(str(path)))}")
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):

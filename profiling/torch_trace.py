@@ -11,7 +11,9 @@ import os
 import runpy
 import sys
 import traceback
+import types
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,21 @@ def _profiler(with_stack: bool) -> Any:
     return profile(activities=activities, record_shapes=True, with_stack=with_stack)
 
 
+def _search_first(folder: str) -> None:
+    """For modules, where Python would; with -I or -P it adds no folder."""
+    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        sys.path[0] = folder
+
+
+def _run_as_main(source: str | bytes, name: str, is_file: bool = False) -> None:
+    """In a module that stays ``__main__``, where pickle looks for its classes, also in what runs at exit."""
+    module = types.ModuleType("__main__")
+    if is_file:
+        module.__file__ = name
+    sys.modules["__main__"] = module
+    exec(compile(source, name, "exec", dont_inherit=True), vars(module))
+
+
 def _run(program: list[str]) -> int:
     """Status of a program that is run as Python itself would run it."""
     kind, *rest = program
@@ -38,17 +55,20 @@ def _run(program: list[str]) -> int:
         if kind == "-m":
             module, *arguments = rest
             sys.argv = [module, *arguments]
-            sys.path[0] = os.getcwd()
+            _search_first(os.getcwd())
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         elif kind == "-c":
             code, *arguments = rest
             sys.argv = ["-c", *arguments]
-            sys.path[0] = ""
-            exec(compile(code, "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
+            _search_first("")
+            _run_as_main(code, "<string>")
         else:
             sys.argv = program
-            sys.path[0] = str(Path(kind).resolve().parent)
-            runpy.run_path(kind, run_name="__main__")
+            _search_first(str(Path(kind).resolve().parent))
+            if Path(kind).is_dir() or kind.endswith(".pyc") or zipfile.is_zipfile(kind):
+                runpy.run_path(kind, run_name="__main__")
+            else:
+                _run_as_main(Path(kind).read_bytes(), str(Path(kind).absolute()), is_file=True)
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)

@@ -95,10 +95,11 @@ def test_compare_refuses(tetra: Runner, diary: Path, tmp_path: Path) -> None:
 def test_names_are_shown_as_they_are(tetra: Runner, diary: Path) -> None:
     assert tetra("bench", "kernels", *SMALL, "--save").status == 0
     run = read_diary(diary)[0]
-    append(diary, "[/x]", [{**row, **run.environment, "variant": "tetra [bold] [/x]"} for row in run.rows])
-    result = tetra("bench", "compare", "last", "last")
-    assert result.status == 0, result.err
-    assert "tetra [bold] [/x]" in result.out
+    for variant, shown in (("tetra [bold] [/x]",) * 2, ("tetra \x1b[1m \ud800", "tetra \\x1b[1m \\ud800")):
+        append(diary, "[/x]", [{**row, **run.environment, "variant": variant} for row in run.rows])
+        result = tetra("bench", "compare", "last", "last")
+        assert result.status == 0, result.err
+        assert shown in result.out
 
 
 def test_save_refuses_before_the_work(tetra: Runner, tmp_path: Path) -> None:
@@ -125,6 +126,20 @@ def test_history_is_one_page_that_loads_nothing(tetra: Runner, diary: Path, tmp_
     assert text.count("<script") == text.count("</script") == 1
     assert "default-src 'none'" in text
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", text)
+
+
+def test_a_line_with_threads_that_are_no_number_is_left_out(tetra: Runner, diary: Path, tmp_path: Path) -> None:
+    assert tetra("bench", "kernels", *SMALL, "--save").status == 0
+    entry = json.loads(diary.read_text())
+    entry["environment"]["threads"] = float("nan")
+    with diary.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    result = tetra("bench", "history", "-o", tmp_path / "history.html")
+    assert result.status == 0, result.err
+    assert "left out: line 2" in result.err
+    result = tetra("bench", "compare", "last", "last")
+    assert result.status == 0, result.err
+    assert "left out: line 2" in result.err
 
 
 def test_a_real_process_appends(diary: Path) -> None:

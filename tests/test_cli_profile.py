@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,6 +103,44 @@ def test_the_real_nsys_where_there_is_one(tmp_path: Path) -> None:
     assert (found["read image"].calls, found["read image"].input_bytes) == (6, 2 * sizes)
     assert found["describe"].input_bytes == 2 * 3 * 3 * 224 * 224
     assert 0 < (found["blocks.0"].wall_ns or 0) < (found["describe"].wall_ns or 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("heeds", [True, False])
+def test_what_is_profiled_ends_with_the_command(tmp_path: Path, number: signal.Signals, heeds: bool) -> None:
+    """As a batch system ends a job: by a signal to this process alone."""
+    pid, done = tmp_path / "pid", tmp_path / "done"
+    ending = f"signal.signal({int(number)}, lambda *_: (pathlib.Path({str(done)!r}).touch(), sys.exit(0)))"
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, pathlib, signal, sys, time\n{ending if heeds else ''}\n"
+        f"pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\ntime.sleep(60)"
+    )
+    default = partial(signal.signal, number, signal.SIG_DFL)  # a test may run where it is ignored
+    trace = tmp_path / "t.json"
+    with subprocess.Popen(
+        [sys.executable, "-m", "tetra.cli", "profile", "torch", "-o", trace, "--", sys.executable, script],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default,
+    ) as process:
+        while not (pid.exists() and pid.read_text()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    assert f"was ended by signal {int(number)}" in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert done.exists() == heeds
+    assert trace.exists() == heeds  # a program that ends by itself leaves its trace
+
+
+def test_paths_are_quoted_for_a_shell(tetra: Runner, path: Path, tmp_path: Path) -> None:
+    tool(path, "nsys", NSYS.replace("DATABASE", repr(str(two_blocks(tmp_path / "given.sqlite")))))
+    result = tetra("profile", "nsys", "-o", tmp_path / "my run2", "--", "true")
+    assert f"tetra profile read '{tmp_path}/my run2.sqlite'\n" in result.err
 
 
 def test_ncu_without_permission(tetra: Runner, path: Path, tmp_path: Path) -> None:
@@ -196,6 +237,52 @@ def test_torch_traces_a_script_and_keeps_its_status(tetra: Runner, tmp_path: Pat
     assert sorted(p.name for p in tmp_path.glob(".*")) == []
 
 
+CODE = """
+import atexit, pathlib, pickle, sys
+class A: pass
+assert isinstance(pickle.loads(pickle.dumps(A())), A)
+assert (__name__, sys.modules[__name__].A, A.__module__) == ("__main__", A, "__main__")
+assert __name__ in sys.modules and vars(sys.modules[__name__]) is globals()
+class B:
+    x: 1 + 1
+assert B.__annotations__ == {"x": 2}  # nobody else's __future__
+def late():
+    pathlib.Path(sys.argv[1]).write_bytes(pickle.dumps(A()))
+"""
+
+
+def test_torch_runs_what_python_would(tetra: Runner, tmp_path: Path) -> None:
+    """In a module of its own that is ``__main__``, by every spelling."""
+    package, script, late = tmp_path / "package", tmp_path / "script", tmp_path / "late"
+    package.mkdir()
+    (package / "__main__.py").write_text(CODE)
+    script.write_text(f"{CODE}assert __file__ == {str(script)!r}\natexit.register(late)\n")
+    trace = ("profile", "torch", "-o", tmp_path / "t.json", "--", sys.executable)
+    for command, is_late in ((("-uc", f"{CODE}atexit.register(late)"), True), ((script,), True), ((package,), False)):
+        late.unlink(missing_ok=True)
+        assert tetra(*trace, *command, late).status == 0
+        assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+        assert late.exists() == is_late
+    (tmp_path / "in.json").write_text("[1]")
+    assert tetra(*trace, "-umjson.tool", tmp_path / "in.json", tmp_path / "out.json").status == 0
+    assert read_json(tmp_path / "out.json") == [1]
+
+
+def test_a_python_without_this_package(tetra: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "a b" / "python3"
+    other.parent.mkdir()
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')  # without what is installed
+    other.chmod(0o755)
+    result = tetra("profile", "torch", "-o", tmp_path / "t.json", "--", other, "-c", "1")
+    assert result.status == 2
+    last = result.err.splitlines()[-1]
+    assert last == f"error: '{other}': this Python has no tetra, a part of which records the trace there; run: " + (
+        f"'{other}' -m pip install tetra-vpr"
+    )
+    result = tetra("profile", "torch", "-o", tmp_path / "t.json", "--", sys.executable, "-c", "import os; os._exit(3)")
+    assert result.status == 3  # it has, and the program left no trace
+
+
 def test_torch_traces_programs_that_move_and_fork(
     tetra: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +310,38 @@ def test_names_are_shown_as_they_are(tetra: Runner, tmp_path: Path) -> None:
             result = tetra("profile", *command, "--by", by)
             assert result.status == 0, result.err
             assert name in result.out
+
+
+ODD = "a\x1b[31mRED\x07 \ud800"
+"""As a trace may have it, which a terminal would obey and no encoding has."""
+
+
+def test_names_that_are_no_text_are_shown_escaped(tetra: Runner, tmp_path: Path) -> None:
+    kernel = {"ph": "X", "cat": "kernel", "name": ODD, "pid": 0, "tid": 7, "ts": 1, "dur": 2}
+    span = {**kernel, "cat": "user_annotation", "ts": 0, "dur": 9}
+    given = tmp_path / "t.json"
+    given.write_text(json.dumps({"traceEvents": [kernel, span], "deviceProperties": [{"name": ODD}]}))
+    other = tmp_path / "u.json"
+    other.write_text(json.dumps({"traceEvents": [kernel, span]}))
+    for command in (("read", given), ("diff", given, other)):
+        for by in ("range", "kernel"):
+            result = tetra("profile", *command, "--by", by, "--json", tmp_path / "out.json")
+            assert result.status == 0, result.err
+            assert "a\\x1b[31mRED" in result.out
+            assert "\\ud800" in result.out
+            assert "\x1b" not in result.out + result.err
+            found = read_json(tmp_path / "out.json")
+            assert ODD in {row["name"] for row in found["rows" if "read" in command else "movers"]}
+
+
+@pytest.mark.parametrize("settings", [{"LC_ALL": "C.UTF-8"}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "utf-8:strict"}])
+def test_half_pairs_under_every_locale(tmp_path: Path, settings: dict[str, str]) -> None:
+    kernel = {"ph": "X", "cat": "kernel", "name": ODD, "pid": 0, "tid": 7, "ts": 1, "dur": 2}
+    (tmp_path / "t.json").write_text(json.dumps([kernel]))
+    command = [sys.executable, "-m", "tetra.cli", "profile", "read", tmp_path / "t.json", "--by", "kernel"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"\\ud800" in done.stdout
 
 
 def test_reading_what_the_tools_wrote(tetra: Runner) -> None:
@@ -272,6 +391,21 @@ def test_top_movers(tetra: Runner, tmp_path: Path) -> None:
     assert sum(mover["change_ns"] for mover in found["movers"]) == found["total_after_ns"] - found["total_before_ns"]
     result = tetra("profile", "diff", before, DATA / "trace.json.gz", "--by", "range")
     assert "don't time alike" in result.err
+
+
+def test_ranges_without_work_of_the_gpu_are_not_gone(tetra: Runner, tmp_path: Path) -> None:
+    kernel = {"ph": "X", "cat": "kernel", "name": "k", "pid": 0, "tid": 7, "ts": 1, "dur": 2}
+    files = []
+    for name, ranges_here in (("a", ("load", "old")), ("b", ("load", "fresh"))):
+        spans = [{**kernel, "cat": "user_annotation", "name": span, "ts": 50, "dur": 9} for span in ranges_here]
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps({"traceEvents": [kernel, *spans]}))
+    result = tetra("profile", "diff", *files, "--by", "range", "--json", tmp_path / "diff.json")
+    cells = [[cell.strip() for cell in line.split("│")] for line in result.out.splitlines() if "│" in line]
+    ratios = {cell[1]: cell[5] for cell in cells}
+    assert ratios == {"(no range)": "1.000", "load": "-", "old": "gone", "fresh": "new"}
+    found = {mover["name"]: mover["found_in"] for mover in read_json(tmp_path / "diff.json")["movers"]}
+    assert found == {"(no range)": "both", "load": "both", "old": "before", "fresh": "after"}
 
 
 def test_what_ranges_cost(tetra: Runner, model_file: Path, tmp_path: Path) -> None:

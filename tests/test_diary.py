@@ -135,6 +135,26 @@ def test_a_run_of_a_newer_release_is_left_out(path: Path) -> None:
     assert "newer release" in notices[0]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_diary_of_a_newer_release_says_so(path: Path, count: int) -> None:
+    diary.append(path, "bench kernels", [row()])
+    line = json.dumps(json.loads(path.read_text()) | {"version": 2}) + "\n"
+    path.write_text(count * line)
+    for read in (diary.read_diary, diary.check_diary):
+        with pytest.raises(DiaryError, match=r"newer release \(version 2 .* reads 1\); update tetra"):
+            read(path)
+    assert path.read_text() == count * line
+
+
+def test_a_diary_whose_lines_are_all_damaged_is_one_all_the_same(path: Path) -> None:
+    diary.append(path, "bench kernels", [row()])
+    entry = json.loads(path.read_text()) | {"version": None}
+    path.write_text(2 * (json.dumps(entry) + "\n"))
+    notices: list[str] = []
+    assert diary.read_diary(path, notices) == []
+    assert "line 1, 2" in notices[0]
+
+
 @pytest.mark.parametrize("value", [float("nan"), -1.0, "1", True, None, 10**400, 1e-300])
 def test_figures_that_are_no_times_are_not_read(path: Path, value: Any) -> None:
     diary.append(path, "bench kernels", [row()])
@@ -159,6 +179,25 @@ def test_runs_of_an_unknown_machine_are_not_read(path: Path, environment: Any) -
     with path.open("a") as file:
         file.write(json.dumps(entry | {"environment": {"device": "cpu", "device_name": "x"}}) + "\n")
     assert diary.read_diary(path)[-1].environment["threads"] is None
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        *[{"threads": value} for value in (float("nan"), "2", [2], {}, True, 0, -1, 2.5, 10**400)],
+        *[{"commit": value} for value in (float("nan"), 7, ["abc"])],
+        *[{"versions": value} for value in (float("nan"), 2, ["torch", 2], {"torch": float("nan")}, {"torch": [2]})],
+    ],
+)
+def test_environments_that_cannot_be_are_not_read(path: Path, environment: dict[str, Any]) -> None:
+    diary.append(path, "bench kernels", [row()])
+    entry = json.loads(path.read_text())
+    with path.open("a") as file:
+        file.write(json.dumps(entry | {"environment": FACTS | environment}) + "\n")
+        file.write(json.dumps(entry | {"environment": FACTS | dict.fromkeys(environment)}) + "\n")
+    notices: list[str] = []
+    assert len(diary.read_diary(path, notices)) == 2  # what is not known may be missing
+    assert "line 2" in notices[0]
 
 
 def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,8 +336,15 @@ def test_files_of_json_are_runs_too(tmp_path: Path, path: Path) -> None:
     with pytest.raises(DiaryError, match="several machines"):
         diary.find_run(str(file))
     file.write_text('{"format":"tetra-diary","version":2}')
+    with pytest.raises(DiaryError, match="newer release"):
+        diary.find_run(str(file))
+    file.write_text('{"format":"tetra-diary","version":1}')
     with pytest.raises(DiaryError, match="no whole run"):
         diary.find_run(str(file))
+    for threads in (float("nan"), 10**400):
+        file.write_text(json.dumps([row(threads=threads)]))
+        with pytest.raises(DiaryError, match="no figures"):
+            diary.find_run(str(file))
 
 
 def test_history_has_a_point_a_run_and_variant() -> None:

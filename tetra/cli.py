@@ -34,6 +34,7 @@ from tetra.cli_parts import (
     make_table,
     print_report,
     print_table,
+    printable,
     write_json,
 )
 from tetra.cli_profile import profile_app
@@ -102,8 +103,9 @@ _UsageError: Any = typer.BadParameter.__base__
 def main() -> None:
     """Entry point of the console script."""
     for stream in (sys.stdout, sys.stderr):
-        # A name with letters that the terminal's encoding lacks is shown escaped; the work goes on.
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        # A name with letters that the terminal's encoding lacks is shown escaped; the work goes on. In the locale C,
+        # Python itself sets "surrogateescape", which has no answer to most halves of surrogate pairs.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
     try:
         if os.environ.get("TETRA_NVTX", "0") not in ("", "0"):
@@ -142,7 +144,7 @@ def main() -> None:
 def _fail(message: str) -> None:
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         message = f"process {os.environ.get('RANK', '0')}: {message}"
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", printable(" ".join(message.split())), file=sys.stderr)
     sys.exit(2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,13 +34,24 @@ Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="A
 NPictures = Annotated[int, typer.Option(min=1, help="How many queries get one.")]
 
 
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """With escapes for what a terminal would obey or can't be sent: control characters other than tabs and ends of
+    lines, and halves of surrogate pairs. Names in files of others may hold either."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def print_table(table: Table) -> None:
     from rich.console import Console
+    from rich.segment import Segment, Segments
 
     console = Console(markup=False, emoji=False)  # names of kernels and files hold brackets and colons
     if not console.is_terminal:  # a file or a pipe has room
         console.width = max(console.width, Console(width=1000, markup=False, emoji=False).measure(table).maximum)
-    console.print(table)
+    shown = (Segment(printable(text), style, control) for text, style, control in console.render(table))
+    console.print(Segments(shown), end="", crop=False)
 
 
 def make_table(title: str, *columns: str) -> Table:
@@ -94,9 +106,9 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
 def print_report(lines: list[str], notices: list[str], pictures: list[Path], folder: Path | None) -> None:
     for notice in notices:
-        print(f"note: {notice}", file=sys.stderr)
+        print(f"note: {printable(notice)}", file=sys.stderr)
     for line in lines:
-        print(line)
+        print(printable(line))
     if pictures:
         print(f"{len(pictures)} pictures in {folder}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 from enum import Enum
@@ -17,6 +18,7 @@ from tetra.cli_parts import (
     check_json_path,
     chosen_device,
     make_table,
+    print_report,
     print_table,
     user_errors,
     write_json,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tetra.profiling.events import By, Profile, Row
+    from tetra.profiling.movers import Mover
     from tetra.profiling.nsight import Recipe, Window
 
 profile_app = typer.Typer(
@@ -87,7 +90,7 @@ def _run(recipe: Recipe, dry_run: bool) -> None:
     for output in written:
         print(f"{output}: {output.stat().st_size:,} bytes", file=sys.stderr)
     if written:
-        print(f"look at it with: tetra profile read {written[0]}", file=sys.stderr)
+        print(f"look at it with: tetra profile read {shlex.quote(str(written[0]))}", file=sys.stderr)
     if outcome.advice:
         raise TetraError(outcome.advice)
     if outcome.status:
@@ -245,8 +248,7 @@ def _read(file: Path) -> Profile:
 
     with user_errors():
         profile = read(file)
-    for notice in profile.notices:
-        print(f"note: {' '.join(notice.split())}", file=sys.stderr)
+    print_report([], [" ".join(notice.split()) for notice in profile.notices], [], None)
     return profile
 
 
@@ -322,8 +324,7 @@ def diff(
     profiles = _read(before), _read(after)
     found = movers(*profiles, by.value)
     notes = caveats(*profiles)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    print_report([], notes, [], None)
     totals = [profile.total_ns for profile in profiles]
     write_json(
         json,
@@ -346,7 +347,7 @@ def diff(
             _change(mover.change_ns),
             _ms(mover.before_ns),
             _ms(mover.after_ns),
-            ("new" if mover.after_ns else "gone") if mover.ratio is None else f"{mover.ratio:.3f}",
+            _ratio(mover),
             f"{mover.count_before} to {mover.count_after}"
             if mover.count_before != mover.count_after
             else str(mover.count_after),
@@ -354,6 +355,12 @@ def diff(
             f"{mover.each_after_ns / 1e3:,.1f}",
         )
     print_table(rows)
+
+
+def _ratio(mover: Mover) -> str:
+    if mover.found_in != "both":
+        return "new" if mover.found_in == "after" else "gone"
+    return "-" if mover.ratio is None else f"{mover.ratio:.3f}"
 
 
 def _change(nanoseconds: int) -> str:

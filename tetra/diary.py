@@ -32,6 +32,8 @@ RESAMPLES = 4000
 MIN_SAMPLES = 5
 THRESHOLD_PERCENT = 1.0
 
+_MAX_THREADS = 2**31 - 1  # what is larger was never counted, and may be no number in a page
+
 # What tells one measurement of a run from the others, beside its variant.
 _SETTING = ("kernel", "stage", "case", "arch", "batch", "image_size", "shape", "rows", "bytes", "queries", "k")
 
@@ -163,7 +165,7 @@ def read_diary(path: Path, notices: list[str] | None = None) -> list[Run]:
     """The runs of a diary, oldest first; damaged lines are left out, with a notice.
 
     Raises:
-        DiaryError: it can't be read, or none of its lines is of a diary.
+        DiaryError: it can't be read, or none of its lines is of a diary, or of one that this release reads.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -171,29 +173,47 @@ def read_diary(path: Path, notices: list[str] | None = None) -> list[Run]:
         raise DiaryError(f"{path}: can't be read: {error.strerror}; run a benchmark with --save first") from None
     runs: list[Run] = []
     damaged: list[int] = []
+    versions: list[int] = []
+    is_one = False
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            run = _run_of(line)
-            if run is None:
-                damaged.append(number)
-            else:
-                runs.append(run)
-    if damaged and not runs and (len(damaged) > 1 or not lines[0].startswith(b'{"format":"tetra-diary"')):
+        if not line.strip():
+            continue
+        entry = _entry_of(line)
+        is_one = is_one or entry is not None or line.startswith(b'{"format":"tetra-diary"')  # which may be torn
+        run = None if entry is None else _run_of(entry)
+        if run is not None:
+            runs.append(run)
+            continue
+        damaged.append(number)
+        version = None if entry is None else entry.get("version")
+        if isinstance(version, int):
+            versions.append(version)
+    if damaged and not is_one:
         start = repr(lines[damaged[0] - 1][:20].decode(errors="replace"))
         raise DiaryError(f"{path}: is no diary of benchmarks: line {damaged[0]} begins with {start}")
+    if not runs and max(versions, default=VERSION) > VERSION:
+        raise DiaryError(
+            f"{path}: was written by a newer release (version {max(versions)} of diaries, this one reads {VERSION}); "
+            f"update tetra, or name another file with {VARIABLE}"
+        )
     if damaged and notices is not None:
         where = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
         notices.append(f"{path}: damaged or from a newer release, left out: line {where}")
     return runs
 
 
-def _run_of(line: bytes) -> Run | None:
-    """None for anything that is not a whole run of this version."""
+def _entry_of(line: bytes) -> dict[str, Any] | None:
+    """None for anything that is no line of a diary, of whatever version."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(entry, dict) or entry.get("format") != FORMAT or entry.get("version") != VERSION:
+    return entry if isinstance(entry, dict) and entry.get("format") == FORMAT else None
+
+
+def _run_of(entry: dict[str, Any]) -> Run | None:
+    """None for anything that is not a whole run of this version."""
+    if entry.get("version") != VERSION:
         return None
     values: list[Any] = [entry.get(key) for key in ("id", "time", "command", "environment", "rows")]
     if isinstance(values[3], dict):
@@ -204,8 +224,13 @@ def _run_of(line: bytes) -> Run | None:
 
 
 def _is_environment(value: object) -> bool:
-    """Whether it says where the figures are from."""
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("device", "device_name"))
+    """Whether it says where the figures are from; what else it says may be missing, but not be anything."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("device", "device_name")):
+        return False
+    threads, versions, commit = (value.get(key) for key in ("threads", "versions", "commit"))
+    is_count = isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= _MAX_THREADS
+    names = versions.values() if isinstance(versions, dict) else [versions]
+    return (threads is None or is_count) and all(text is None or isinstance(text, str) for text in (commit, *names))
 
 
 def _are_rows(rows: object) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from tetra.autotune.workloads import problems
+from tetra.config import BACKBONES
 from tetra.kernels.tunable import Trial, all_tunables, bucket
 
 pytest.importorskip("triton")
@@ -126,3 +130,18 @@ def test_a_difference_is_said() -> None:
 
 def test_buckets_are_powers_of_two() -> None:
     assert [bucket(n) for n in (0, 1, 2, 3, 530, 1024, 1025)] == [1, 1, 2, 4, 1024, 1024, 2048]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_what_is_shown_of_code_tells_it_from_all_other(arch: int) -> None:
+    """Reports, and the comparison of two commits, know code by kernel and shown configuration alone."""
+    found: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for problem in problems(BACKBONES):
+        tunable = all_tunables()[problem.tunable]
+        for config in tunable.space(arch, problem.sizes) if tunable.works is not None else ():
+            for code in (work.specimen for work in tunable.works(arch, 108, problem.sizes, config)):  # type: ignore[misc]
+                name = (code.name, code.kernel.__name__, json.dumps(code.config, sort_keys=True))
+                content = [code.constants, code.options, code.signature]
+                found[name].add(json.dumps(content, sort_keys=True, default=str))
+    assert len(found) > 400
+    assert {name for name, contents in found.items() if len(contents) > 1} == set()

@@ -96,6 +96,30 @@ def test_payloads_and_nesting(tmp_path: Path) -> None:
     assert rows[NO_RANGE].time_ns == 1000
 
 
+def own_us(path: Path, *operators: tuple[str, float, float]) -> dict[str, float]:
+    """Own times, of operators given by name, start and end."""
+    found = read(write(path, [event("cpu_op", name, start, end - start) for name, start, end in operators]))
+    return {activity.name: activity.duration_ns / 1000 for activity in found.activities}
+
+
+def test_operators_that_end_after_their_caller_lose_no_time(tmp_path: Path) -> None:
+    found = own_us(tmp_path / "a.json", ("a", 0, 10), ("c", 2, 3), ("b", 5, 15))
+    assert found == {"a": 4, "c": 1, "b": 10}
+    # d ends after its caller b, which ends before its own: what d has of a is a's no more.
+    found = own_us(tmp_path / "a.json", ("a", 0, 10), ("b", 5, 8), ("d", 6, 9))
+    assert found == {"a": 6, "b": 1, "d": 3}
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(operators=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 12)), min_size=1, max_size=12))
+def test_own_times_add_up_to_the_time_that_the_thread_was_busy(
+    tmp_path: Path, operators: list[tuple[int, int]]
+) -> None:
+    found = own_us(tmp_path / "a.json", *((str(i), start, start + size) for i, (start, size) in enumerate(operators)))
+    assert all(time >= 0 for time in found.values())
+    assert sum(found.values()) == len({us for start, size in operators for us in range(start, start + size)})
+
+
 def test_traces_without_ranges_and_bare_lists(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([event("kernel", "k", 0, 1)]))
@@ -148,6 +172,8 @@ def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         read("a.nsys-rep")
     with pytest.raises(ReadError, match="ncu --import"):
         read("a.ncu-rep")
+    with pytest.raises(ReadError, match=r"--type=sqlite 'my run\.nsys-rep'"):
+        read("my run.nsys-rep")
     monkeypatch.setattr("tetra.profiling.readers.MAX_BYTES", 1000)
     with pytest.raises(ReadError, match="more than 1,000 bytes"):
         read(TRACE)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nsys_files import two_blocks
 
-from tetra.profiling.events import Activity, Profile, readable
+from tetra.profiling.events import Activity, Profile, Span, readable
 from tetra.profiling.movers import caveats, movers
 from tetra.profiling.readers import read
 
@@ -28,6 +28,23 @@ def test_the_largest_change_comes_first(tmp_path: Path) -> None:
     by_range = {m.name: m for m in movers(before, after, "range")}
     assert (by_range["blocks.0"].change_ns, by_range["describe"].change_ns) == (500, 1000)
     assert by_range["blocks.0"].to_dict()["ratio"] == 2.0
+
+
+def test_what_took_no_time_is_there_all_the_same() -> None:
+    """A range without work of a GPU; by the counts, since its time is 0 wherever it is."""
+
+    def profile(*names: str) -> Profile:
+        spans = [Span(name, 0, 100, (1, 1)) for name in names]
+        return Profile(Path("a"), "nsys", None, [Activity("k", "kernel", 0, 10)], spans)
+
+    found = {m.name: m for m in movers(profile("load", "old"), profile("load", "new"), "range")}
+    assert {name: mover.found_in for name, mover in found.items()} == {
+        "(no range)": "both",
+        "load": "both",
+        "old": "before",
+        "new": "after",
+    }
+    assert (found["load"].ratio, found["load"].to_dict()["found_in"]) == (None, "both")
 
 
 def test_a_run_compared_with_itself_moves_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nsys_files import assert_table_or_one_line
 
-from tetra.profiling.events import ReadError, readable, table
+from tetra.profiling.events import Profile, ReadError, readable, table
 from tetra.profiling.ncu_csv import ranges_of
 from tetra.profiling.readers import read
 
@@ -76,11 +76,101 @@ def test_units_and_separators(tmp_path: Path) -> None:
         '"1","h","","b","no data","2"\n"2","h","","b","1","n/a"\n"3","h","","b"\n'
     )
     profile = read(path)
-    a, b, c = profile.activities
+    a, b = profile.activities  # a launch without a time is none that took no time
     assert (a.duration_ns, a.n_bytes, a.path) == (1_234_500, 1_500_000, ("describe", "blocks.0"))
     assert (b.duration_ns, b.n_bytes, b.path) == (2000, None, ())
-    assert (c.duration_ns, c.n_bytes) == (0, 1_000_000)
-    assert profile.notices == ["1 rows of the table were cut short and left out"]
+    assert profile.notices == [
+        "1 launches have no gpu__time_duration.sum that can be read, and were left out",
+        "1 rows of the table were cut short and left out",
+    ]
+
+
+def one_launch(path: Path, time: str, unit: str, n_bytes: str = "1", bytes_unit: str = "byte") -> Profile:
+    """A table of a launch of 7 ns and of one with these."""
+    path.write_text(
+        f'{HEADER}\n"","","","","","ns"\n"0","h","","good","","7"\n'
+        f'"","","","","{bytes_unit}","{unit}"\n"1","h","","k","{n_bytes}","{time}"\n'
+    )
+    return read(path)
+
+
+@pytest.mark.parametrize(
+    ("unit", "nanoseconds"),
+    [
+        *[(name, 1.0) for name in ("ns", "nsecond", "nanosecond", "nanoseconds", "Ns", " ns ")],
+        *[(name, 1e3) for name in ("us", "usecond", "microsecond", "µs", "\N{GREEK SMALL LETTER MU}s")],
+        *[(name, 1e6) for name in ("ms", "msecond", "millisecond")],
+        *[(name, 1e9) for name in ("s", "second", "seconds")],
+        *[(name, 60e9) for name in ("min", "minute")],
+        *[(name, 3600e9) for name in ("hour", "hours")],
+    ],
+)
+def test_units_of_time(tmp_path: Path, unit: str, nanoseconds: float) -> None:
+    profile = one_launch(tmp_path / "a.csv", "2.5", unit)
+    assert profile.activities[1].duration_ns == round(2.5 * nanoseconds)
+    assert profile.notices == []
+
+
+@pytest.mark.parametrize(
+    ("unit", "size"),
+    [
+        *[(name, 1) for name in ("byte", "bytes", "Byte", "B")],
+        *[(name, 1000) for name in ("Kbyte", "kbyte", "KByte", "KB", "kB")],
+        *[(name, 1024) for name in ("Kibyte", "KiB", "KiByte")],
+        *[("Mbyte", 1000**2), ("Mibyte", 1024**2), ("Gbyte", 1000**3), ("GiB", 1024**3), ("Tbyte", 1000**4)],
+    ],
+)
+def test_units_of_bytes(tmp_path: Path, unit: str, size: int) -> None:
+    profile = one_launch(tmp_path / "a.csv", "1", "ns", "3", unit)
+    assert profile.activities[1].n_bytes == 3 * size
+    assert profile.notices == []
+
+
+@pytest.mark.parametrize("unit", ["", "fortnight", "cycle", "m", "u"])
+def test_launches_in_unknown_units_of_time_are_left_out(tmp_path: Path, unit: str) -> None:
+    profile = one_launch(tmp_path / "a.csv", "3", unit)
+    assert [activity.name for activity in profile.activities] == ["good"]
+    (notice,) = profile.notices
+    assert notice.startswith("1 launches were left out")
+    assert f"'{unit}'" in notice
+
+
+@pytest.mark.parametrize("unit", ["", "Kb", "KBit", "sector", "ibyte"])
+def test_bytes_in_unknown_units_are_left_out(tmp_path: Path, unit: str) -> None:
+    profile = one_launch(tmp_path / "a.csv", "3", "ns", "5", unit)
+    assert [(a.duration_ns, a.n_bytes) for a in profile.activities] == [(7, None), (3, None)]
+    (notice,) = profile.notices
+    assert "dram__bytes_read.sum" in notice
+    assert f"'{unit}'" in notice
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1,234.56", 1235), ("12,345,678", 12_345_678), ("0.999", 1), ("1234.000", 1234), ("1.5e3", 1500)],
+)
+def test_numbers_as_in_english(tmp_path: Path, text: str, value: int) -> None:
+    profile = one_launch(tmp_path / "a.csv", text, "ns")
+    assert profile.activities[1].duration_ns == value
+    assert profile.notices == []
+
+
+@pytest.mark.parametrize("text", ["1.234", "12.345.678", "3,42", "1.234,56", "1,23,456", "1 234", "1'234", "1,2345"])
+def test_numbers_of_other_languages_are_left_out(tmp_path: Path, text: str) -> None:
+    """1.234 is a thousand in German and one in English, and ncu writes neither three decimals nor the language."""
+    profile = one_launch(tmp_path / "a.csv", text, "ns")
+    assert [activity.name for activity in profile.activities] == ["good"]
+    assert len(profile.notices) == 2
+    assert profile.notices[0].startswith("1 numbers are not written as in English")
+    assert "LC_ALL=C" in profile.notices[0]
+    assert profile.notices[1].startswith("1 launches have no gpu__time_duration.sum")
+
+
+def test_a_table_without_any_time_that_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f'{HEADER}\n"","","","","byte","ns"\n"0","h","","k","1","1.234"\n')
+    with pytest.raises(ReadError, match="no kernels that can be read") as error:
+        read(path)
+    assert "LC_ALL=C" in str(error.value)
 
 
 def test_names_with_colons() -> None:
@@ -118,7 +208,8 @@ def test_numbers_that_nothing_measured(tmp_path: Path, value: str) -> None:
     kernel = f'"0","k","{value}","{value}","{value}"\n'
     path.write_text(f'{header}\n"","","s","Tbyte",""\n{kernel}{kernel}')
     assert_table_or_one_line(path)
-    assert all(activity.duration_ns >= 0 for activity in read(path).activities)
+    path.write_text(path.read_text() + '"1","good","2","1","32"\n')
+    assert [(a.name, a.duration_ns) for a in read(path).activities] == [("good", 2_000_000_000)]
 
 
 def test_a_table_without_times_says_so(tmp_path: Path) -> None:

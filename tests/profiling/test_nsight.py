@@ -78,7 +78,7 @@ def test_ncu_filters() -> None:
     assert option(profile, "--launch-count") == "12"
     assert option(profile, "--nvtx-include") == "tetra@blocks.0/"
     assert option(profile, "--kernel-name") == nsight.KERNELS
-    assert convert[:3] == ["ncu", "--import", "out.ncu-rep"]
+    assert convert[:5] == ["env", "LC_ALL=C", "ncu", "--import", "out.ncu-rep"]  # or numbers are of any language
     assert option(convert, "--log-file") == "out.csv"
     assert "--kernel-name" not in nsight.ncu(COMMAND, OUT, Window(), kernel=None).commands[0]
 
@@ -137,6 +137,19 @@ def test_which_python_runs_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     assert split(sys.executable, "-m", "pytest", "--", "-k") == ([sys.executable], ["-m", "pytest", "--", "-k"])
     assert split("a.py", "1") == ([sys.executable], ["a.py", "1"])
+    for written, options, started in (  # as Python itself reads them
+        (["-mjson.tool", "x"], [], ["-m", "json.tool", "x"]),
+        (["-um", "json.tool", "-x"], ["-u"], ["-m", "json.tool", "-x"]),
+        (["-umjson.tool", "x"], ["-u"], ["-m", "json.tool", "x"]),
+        (["-uc", "print(1)", "-m"], ["-u"], ["-c", "print(1)", "-m"]),
+        (["-cprint(1)"], [], ["-c", "print(1)"]),
+        (["-Xdev", "-bb", "-OO", "a.py"], ["-Xdev", "-bb", "-OO"], ["a.py"]),
+        (["-Wc", "-uW", "error::m", "a.py", "-c"], ["-Wc", "-uW", "error::m"], ["a.py", "-c"]),
+        (["-uX", "dev", "-m", "a"], ["-uX", "dev"], ["-m", "a"]),
+        (["--check-hash-based-pycs", "never", "a.py"], ["--check-hash-based-pycs", "never"], ["a.py"]),
+        (["-u", "--", "a.py"], ["-u"], ["a.py"]),
+    ):
+        assert split(sys.executable, *written) == ([sys.executable, *options], started)
     installed = {
         "plain": "#!/opt/venv/bin/python3.11\nimport x\n",
         "env": "#!/usr/bin/env python3\nimport x\n",
@@ -152,6 +165,9 @@ def test_which_python_runs_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (["nowhere-at-all"], "no such program"),
         ([sys.executable], "no script"),
         ([sys.executable, "-m"], "no script"),
+        ([sys.executable, "-uc"], "no script"),
+        ([sys.executable, "-W"], "no script"),
+        ([sys.executable, "-u", "-"], "no script"),
         ([sys.executable, "-X", "dev"], "no script"),
     ):
         with pytest.raises(ValueError, match=words):
