@@ -94,10 +94,11 @@ def page(title: str, notes: Sequence[str], data: object, script: str, style: str
         data: JSON values, ``DATA`` in the script.
         script: draws into the elements ``controls`` and ``page``.
     """
-    return _PAGE.format(
+    text = _PAGE.format(
         title=html.escape(title),
         style=_STYLE + style,
         notes="\n".join(f"<p>{html.escape(note)}</p>" for note in notes),
         data=script_json(data),
         script=_SCRIPT + script,
     )
+    return text.encode(errors="backslashreplace").decode()  # names of others may have halves of surrogate pairs

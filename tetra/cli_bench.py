@@ -25,6 +25,7 @@ from tetra.cli_parts import (
     make_table,
     print_report,
     print_table,
+    printable,
     progress_line,
     write_json,
 )
@@ -441,7 +442,7 @@ def bench_compare(
     print_table(table)
     print_report(_summary(found), [*dict.fromkeys(notices), *_left_out(first, second, found)], [], None)
     for line in diaries.changes(first, second):
-        print(line)
+        print(printable(line))
     if any(row.is_own and row.verdict == "slower" for row in found):
         raise typer.Exit(1)
 

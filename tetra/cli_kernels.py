@@ -15,6 +15,7 @@ from tetra.cli_parts import (
     config_text,
     make_table,
     print_table,
+    printable,
     progress_bar,
     user_errors,
     write_json,
@@ -255,7 +256,7 @@ def kernels_roofline(
         table.add_row(name, point["label"], *figures, share, point["roof"], point["limit"])
     print_table(table)
     for note in drawn.notes:
-        print(note)
+        print(printable(note))
 
 
 @kernels_app.command("check")
@@ -372,7 +373,7 @@ def _print_comparison(found: Comparison, base: str, head: str) -> None:
     """One line a difference; what is worse first."""
     print(f"{head} compared with {base}; static counts, nothing was measured")
     for finding in found.findings:
-        print(f"  {'WORSE' if finding.is_regression else 'note '}  {finding.where}: {finding.text()}")
+        print(printable(f"  {'WORSE' if finding.is_regression else 'note '}  {finding.where}: {finding.text()}"))
     n = len(found.regressions)
     verdict = "nothing is worse" if found.n_kernels else f"nothing could be compared: {base} has no such kernels"
     if n:

@@ -19,6 +19,7 @@ from tetra.cli_parts import (
     make_table,
     print_report,
     print_table,
+    printable,
     progress_bar,
     user_errors,
     write_json,
@@ -396,7 +397,7 @@ def tune_import(
     for name, n in found.accepted.items():
         print(f"{name}: {n} results")
     for name, reason in found.refused:
-        print(f"note: {name}: refused: {reason}", file=sys.stderr)
+        print(printable(f"note: {name}: refused: {reason}"), file=sys.stderr)
     if not found.accepted:
         raise TetraError(
             f"{file}: nothing was imported; the notes above say why" if found.refused else f"{file}: holds no results"
