@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tetra.autotune.hardware import Product
-from tetra.autotune.table import lookup
+from tetra.autotune.measured_tuner import chosen
 from tetra.autotune.workloads import Shape
 from tetra.kernels.ahead_of_time import check_compiler, compile_for
 from tetra.kernels.attention import cost as attention_cost
@@ -243,9 +243,7 @@ def chosen_works(product: Product, kernel: str, sizes: Sizes) -> tuple[Config, l
     tunable = all_tunables().get(kernel)
     if tunable is None or tunable.works is None:
         raise LookupError(f"{kernel} is not known to the tuner")
-    default = tunable.default(product.arch, product.n_sms, sizes)
-    rows = tuple(dict.fromkeys((default, *tunable.space(product.arch, sizes))))
-    config = lookup(kernel, product.arch, tunable.key(sizes), rows)
+    config = chosen(tunable, sizes, None, product.arch, product.n_sms).config
     return config, tunable.works(product.arch, product.n_sms, sizes, config)
 
 

@@ -323,7 +323,7 @@ def _domain_of_old_tools() -> Any:
     """A domain of the package ``nvtx`` for tools that listen without saying so; None where that can't be had.
 
     Whether a tool listens is asked through an extension of NVTX. Where the tool has another version of that (Nsight
-    Systems 2023.4, which distributions ship, and nvtx from 0.2.12 on) the answer is no, and the package gives dummies.
+    Systems 2023.4, which Debian ships, and nvtx from 0.2.12 on) the answer is no, and the package gives dummies.
     """
     try:
         lib = importlib.import_module("nvtx._lib.lib")  # private, but the same in all those versions
